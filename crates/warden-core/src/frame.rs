@@ -1,0 +1,278 @@
+//! The journal's frames: what backends append and the recorder reads.
+//!
+//! A frame is a 32-byte header and a payload, and starts at a multiple of eight bytes. The first
+//! word is the frame's own position, XORed with a secret of the journal: it is stored last, with
+//! release order, so a reader that finds it finds the rest. Bytes left over from an earlier lap,
+//! and bytes that a client smuggled into a statement, do not carry the right word.
+//!
+//! Hot payloads (intent, outcome) have fixed fields in little-endian order. Session and shape
+//! payloads are `{u64le key}` followed by a TLV payload of [`crate::event`].
+
+/// Bytes of a frame's header.
+pub const HEADER: usize = 32;
+/// The version of the frame format.
+pub const VERSION: u16 = 1;
+/// The longest payload: longer texts are cut before they get here.
+pub const MAX_PAYLOAD: usize = 1 << 20;
+
+/// What a frame says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum FrameKind {
+    /// Fills the end of a segment; has no payload to read.
+    Pad = 0,
+    /// The server started: every intent before it that has no outcome was interrupted.
+    Boot = 1,
+    /// Facts about a session: key and [`crate::event::SessionFacts`].
+    Session = 2,
+    /// Facts about a statement: key and [`crate::event::ShapeFacts`].
+    Shape = 3,
+    /// A statement is about to run: [`Intent`].
+    Intent = 4,
+    /// A statement has ended: [`Outcome`].
+    Outcome = 5,
+    /// A backend has ended: u64le session id. Its open intents were interrupted.
+    SessionEnd = 6,
+    /// Statements went on unrecorded: u64le count. See `warden.on_journal_full = gap`.
+    Gap = 7,
+}
+
+impl FrameKind {
+    /// The kind with this number, if there is one.
+    #[must_use]
+    pub fn from_u8(n: u8) -> Option<Self> {
+        Some(match n {
+            0 => Self::Pad,
+            1 => Self::Boot,
+            2 => Self::Session,
+            3 => Self::Shape,
+            4 => Self::Intent,
+            5 => Self::Outcome,
+            6 => Self::SessionEnd,
+            7 => Self::Gap,
+            _ => return None,
+        })
+    }
+}
+
+/// A frame's header, less its position word.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Header {
+    /// Bytes of payload.
+    pub len: u32,
+    /// CRC32C over position, kind, destination and payload.
+    pub crc: u32,
+    /// A [`FrameKind`].
+    pub kind: u8,
+    /// The version of the format.
+    pub version: u16,
+    /// The database whose ledger this belongs to.
+    pub dest: u32,
+    /// The process that appended it.
+    pub pid: u32,
+}
+
+impl Header {
+    /// The header of a frame with this payload.
+    #[must_use]
+    pub fn new(pos: u64, kind: FrameKind, dest: u32, pid: u32, payload: &[u8]) -> Self {
+        Self {
+            len: payload.len() as u32,
+            crc: crc(pos, kind as u8, dest, payload),
+            kind: kind as u8,
+            version: VERSION,
+            dest,
+            pid,
+        }
+    }
+
+    /// Bytes 8 to 32 of the header.
+    #[must_use]
+    pub fn encode(&self) -> [u8; HEADER - 8] {
+        let mut b = [0u8; HEADER - 8];
+        b[0..4].copy_from_slice(&self.len.to_le_bytes());
+        b[4..8].copy_from_slice(&self.crc.to_le_bytes());
+        b[8] = self.kind;
+        b[10..12].copy_from_slice(&self.version.to_le_bytes());
+        b[12..16].copy_from_slice(&self.dest.to_le_bytes());
+        b[16..20].copy_from_slice(&self.pid.to_le_bytes());
+        b
+    }
+
+    /// Reads bytes 8 to 32 of a header.
+    #[must_use]
+    pub fn decode(b: &[u8; HEADER - 8]) -> Self {
+        let u32at = |i: usize| u32::from_le_bytes([b[i], b[i + 1], b[i + 2], b[i + 3]]);
+        Self {
+            len: u32at(0),
+            crc: u32at(4),
+            kind: b[8],
+            version: u16::from_le_bytes([b[10], b[11]]),
+            dest: u32at(12),
+            pid: u32at(16),
+        }
+    }
+
+    /// Whether the payload is what was written at this position.
+    #[must_use]
+    pub fn matches(&self, pos: u64, payload: &[u8]) -> bool {
+        self.crc == crc(pos, self.kind, self.dest, payload)
+    }
+}
+
+fn crc(pos: u64, kind: u8, dest: u32, payload: &[u8]) -> u32 {
+    let mut head = [0u8; 16];
+    head[0..8].copy_from_slice(&pos.to_le_bytes());
+    head[8..12].copy_from_slice(&dest.to_le_bytes());
+    head[12] = kind;
+    crc32c::crc32c_append(crc32c::crc32c(&head), payload)
+}
+
+/// The bytes that a frame occupies, header and padding included.
+#[must_use]
+pub fn frame_size(payload_len: usize) -> usize {
+    (HEADER + payload_len).next_multiple_of(8)
+}
+
+/// A statement is about to run. Its frame's position identifies the execution.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Intent {
+    /// When it started: microseconds since 2000-01-01 UTC.
+    pub at: i64,
+    /// The backend, as in [`crate::event::SessionFacts::session`].
+    pub backend: u64,
+    /// Key of the session frame in force.
+    pub session: u64,
+    /// Key of the shape frame.
+    pub shape: u64,
+    /// Position of the intent of the statement that runs this one; zero at top level.
+    pub parent: u64,
+    /// `flags::*` of [`crate::event`].
+    pub flags: u32,
+}
+
+impl Intent {
+    /// Bytes of an encoded intent.
+    pub const SIZE: usize = 44;
+
+    /// The payload.
+    #[must_use]
+    pub fn encode(&self) -> [u8; Self::SIZE] {
+        let mut b = [0u8; Self::SIZE];
+        b[0..8].copy_from_slice(&self.at.to_le_bytes());
+        b[8..16].copy_from_slice(&self.backend.to_le_bytes());
+        b[16..24].copy_from_slice(&self.session.to_le_bytes());
+        b[24..32].copy_from_slice(&self.shape.to_le_bytes());
+        b[32..40].copy_from_slice(&self.parent.to_le_bytes());
+        b[40..44].copy_from_slice(&self.flags.to_le_bytes());
+        b
+    }
+
+    /// Reads a payload; `None` if it is too short.
+    #[must_use]
+    pub fn decode(b: &[u8]) -> Option<Self> {
+        Some(Self {
+            at: u64le(b, 0)? as i64,
+            backend: u64le(b, 8)?,
+            session: u64le(b, 16)?,
+            shape: u64le(b, 24)?,
+            parent: u64le(b, 32)?,
+            flags: u32le(b, 40)?,
+        })
+    }
+}
+
+/// A statement has ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Outcome {
+    /// Position of the intent.
+    pub intent: u64,
+    /// Rows returned or affected; -1 where there is no such number.
+    pub rows: i64,
+    /// Microseconds from start to end.
+    pub duration_us: i64,
+    /// An [`crate::event::Outcome`].
+    pub outcome: u8,
+    /// Flags to add to those of the intent.
+    pub flags: u32,
+    /// Five characters, or zeros when nothing failed.
+    pub sqlstate: [u8; 5],
+    /// The rule that decided, or empty.
+    pub rule: String,
+}
+
+impl Outcome {
+    const FIXED: usize = 34;
+
+    /// The payload.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        let mut b = Vec::with_capacity(Self::FIXED + self.rule.len());
+        b.extend_from_slice(&self.intent.to_le_bytes());
+        b.extend_from_slice(&self.rows.to_le_bytes());
+        b.extend_from_slice(&self.duration_us.to_le_bytes());
+        b.extend_from_slice(&self.flags.to_le_bytes());
+        b.push(self.outcome);
+        b.extend_from_slice(&self.sqlstate);
+        b.extend_from_slice(self.rule.as_bytes());
+        b
+    }
+
+    /// Reads a payload; `None` if it is malformed.
+    #[must_use]
+    pub fn decode(b: &[u8]) -> Option<Self> {
+        let fixed = b.get(..Self::FIXED)?;
+        Some(Self {
+            intent: u64le(b, 0)?,
+            rows: u64le(b, 8)? as i64,
+            duration_us: u64le(b, 16)? as i64,
+            flags: u32le(b, 24)?,
+            outcome: fixed[28],
+            sqlstate: fixed[29..34].try_into().ok()?,
+            rule: String::from_utf8(b[Self::FIXED..].to_vec()).ok()?,
+        })
+    }
+}
+
+/// A little-endian u64 at an offset.
+#[must_use]
+pub fn u64le(b: &[u8], at: usize) -> Option<u64> {
+    b.get(at..at + 8)?.try_into().ok().map(u64::from_le_bytes)
+}
+
+/// A little-endian u32 at an offset.
+#[must_use]
+pub fn u32le(b: &[u8], at: usize) -> Option<u32> {
+    b.get(at..at + 4)?.try_into().ok().map(u32::from_le_bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn an_outcome_survives_the_journal(intent: u64, rows: i64, us: i64, flags: u32, rule in "[a-z_]{0,60}") {
+            let o = Outcome { intent, rows, duration_us: us, outcome: 2, flags, sqlstate: *b"WA001", rule };
+            prop_assert_eq!(Outcome::decode(&o.encode()), Some(o));
+        }
+
+        #[test]
+        fn an_intent_survives_the_journal(at: i64, backend: u64, session: u64, shape: u64, parent: u64, flags: u32) {
+            let i = Intent { at, backend, session, shape, parent, flags };
+            prop_assert_eq!(Intent::decode(&i.encode()), Some(i));
+        }
+
+        #[test]
+        fn one_flipped_bit_is_seen(payload in prop::collection::vec(any::<u8>(), 1..200), bit in 0usize..8, at: prop::sample::Index) {
+            let h = Header::new(4096, FrameKind::Intent, 5, 1, &payload);
+            prop_assert!(h.matches(4096, &payload));
+            let mut bad = payload.clone();
+            bad[at.index(payload.len())] ^= 1 << bit;
+            prop_assert!(!h.matches(4096, &bad));
+            prop_assert!(!h.matches(4104, &payload));
+            prop_assert_eq!(Header::decode(&h.encode()), h);
+        }
+    }
+}

@@ -1,0 +1,883 @@
+//! From the journal's frames to the ledger's events.
+//!
+//! Owns: which intents are open, which sessions and statements a ledger knows, and the end of its
+//! chain. Receives frames in journal order; emits, batch by batch, chained events, the rows that
+//! project them, and the change of the set of open intents. Never does I/O: what the ledger's
+//! tables know comes in through [`Directory`]. Never panics: what it cannot read becomes a gap
+//! event.
+//!
+//! Exactly once: when a batch, the journal position after its last frame and the end of the chain
+//! are stored together, a joiner that starts from what was stored goes on as if it had never stopped.
+
+use crate::event::{Event, EventKind, ExecutionFacts, GapFacts, Outcome, SessionFacts, ShapeFacts};
+use crate::frame::{self, FrameKind, Header, Intent, u64le};
+use crate::ledger::{Chain, Hash};
+use crate::tlv::Reader;
+use std::collections::{BTreeMap, HashMap};
+
+/// The tag under which a session or statement event carries the key of its journal frame, after
+/// the facts: `key` columns are thereby under the hash as well.
+pub const KEY_TAG: u16 = 0xfff0;
+
+/// Keys remembered between two batches.
+const REMEMBERED: usize = 100_000;
+
+/// Why something is missing: the `reason` of a gap event.
+pub mod reason {
+    /// Backends went on unrecorded because the journal was full.
+    pub const JOURNAL_FULL: &str = "journal_full";
+    /// Bytes of the journal are not what was written.
+    pub const JOURNAL_DAMAGED: &str = "journal_damaged";
+    /// The journal was recycled before the recorder read it.
+    pub const JOURNAL_LOST: &str = "journal_lost";
+    /// The journal is not the one that the ledger was written from.
+    pub const JOURNAL_REPLACED: &str = "journal_replaced";
+    /// The ledger's place in the journal is not known any more.
+    pub const POSITION_LOST: &str = "position_lost";
+    /// A statement ended that had not begun.
+    pub const OUTCOME_UNMATCHED: &str = "outcome_unmatched";
+    /// An undamaged frame that cannot be understood.
+    pub const FRAME_MALFORMED: &str = "frame_malformed";
+}
+
+/// What a ledger's tables know.
+pub trait Directory {
+    /// `seq` of the session event with this key.
+    fn session(&mut self, key: u64) -> Option<i64>;
+    /// `seq` of the statement event with this key.
+    fn statement(&mut self, key: u64) -> Option<i64>;
+}
+
+/// Names the shape of a statement.
+pub trait Fingerprint {
+    /// 16 hexadecimal digits, or empty if the text cannot be parsed.
+    fn fingerprint(&mut self, text: &str) -> String;
+}
+
+/// No fingerprints.
+impl Fingerprint for () {
+    fn fingerprint(&mut self, _: &str) -> String {
+        String::new()
+    }
+}
+
+/// A row that projects a session event.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SessionRow {
+    /// `seq` of the event.
+    pub id: i64,
+    /// Key of the frame.
+    pub key: u64,
+    /// What the payload says.
+    pub facts: SessionFacts,
+}
+
+impl SessionRow {
+    /// The row that belongs to an event; `None` if its payload is malformed.
+    #[must_use]
+    pub fn project(seq: i64, payload: &[u8]) -> Option<Self> {
+        let key = Reader::parse(payload).ok()?.u64(KEY_TAG).ok()?;
+        Some(Self {
+            id: seq,
+            key,
+            facts: SessionFacts::decode(payload).ok()?,
+        })
+    }
+}
+
+/// A row that projects a statement event.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StatementRow {
+    /// `seq` of the event.
+    pub id: i64,
+    /// Key of the frame.
+    pub key: u64,
+    /// What the payload says.
+    pub facts: ShapeFacts,
+}
+
+impl StatementRow {
+    /// The row that belongs to an event; `None` if its payload is malformed.
+    #[must_use]
+    pub fn project(seq: i64, payload: &[u8]) -> Option<Self> {
+        let key = Reader::parse(payload).ok()?.u64(KEY_TAG).ok()?;
+        Some(Self {
+            id: seq,
+            key,
+            facts: ShapeFacts::decode(payload).ok()?,
+        })
+    }
+}
+
+/// What one transaction adds to a ledger.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Batch {
+    /// Events, in order, with their hashes.
+    pub events: Vec<(Event, Hash)>,
+    /// Projections of its session events.
+    pub sessions: Vec<SessionRow>,
+    /// Projections of its statement events.
+    pub statements: Vec<StatementRow>,
+    /// Intents that stay open: position and payload.
+    pub opened: Vec<(u64, [u8; Intent::SIZE])>,
+    /// Positions of intents of earlier batches that are open no more.
+    pub closed: Vec<u64>,
+}
+
+impl Batch {
+    /// Whether there is nothing to store.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.events.is_empty() && self.opened.is_empty() && self.closed.is_empty()
+    }
+}
+
+/// The details of an event, as JSON. A payload that cannot be read says so under `malformed`.
+#[must_use]
+pub fn describe(kind: i16, payload: &[u8]) -> serde_json::Value {
+    let facts = match EventKind::from_i16(kind) {
+        Some(EventKind::Session) => SessionFacts::decode(payload).map(serde_json::to_value),
+        Some(EventKind::Statement) => ShapeFacts::decode(payload).map(serde_json::to_value),
+        Some(EventKind::Execution) => ExecutionFacts::decode(payload).map(serde_json::to_value),
+        Some(EventKind::Gap) => GapFacts::decode(payload).map(serde_json::to_value),
+        Some(EventKind::Boot) => return serde_json::json!({}),
+        None => return serde_json::json!({ "malformed": "unknown kind" }),
+    };
+    match facts {
+        Ok(Ok(value)) => value,
+        Ok(Err(e)) => serde_json::json!({ "malformed": e.to_string() }),
+        Err(e) => serde_json::json!({ "malformed": e.to_string() }),
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Open {
+    intent: Intent,
+    /// Whether an earlier batch holds it.
+    stored: bool,
+}
+
+/// The state of one ledger between its frames.
+#[derive(Debug)]
+pub struct Joiner {
+    database: u32,
+    /// Journal position at which the ledger began.
+    start: u64,
+    chain: Chain,
+    /// `at` of the last event: the time of what carries none.
+    at: i64,
+    open: BTreeMap<u64, Open>,
+    /// Key to `seq`, or to 0 where the tables know no such key.
+    sessions: HashMap<u64, i64>,
+    statements: HashMap<u64, i64>,
+    remembered: usize,
+    batch: Batch,
+}
+
+impl Joiner {
+    /// A joiner that goes on where the ledger of `database`, which began at the journal position
+    /// `start`, ends: at `chain`, whose last event has the time `at`, with the open intents that
+    /// were stored.
+    #[must_use]
+    pub fn new(
+        database: u32,
+        start: u64,
+        chain: Chain,
+        at: i64,
+        open: impl IntoIterator<Item = (u64, Intent)>,
+    ) -> Self {
+        let open = open
+            .into_iter()
+            .map(|(pos, intent)| {
+                (
+                    pos,
+                    Open {
+                        intent,
+                        stored: true,
+                    },
+                )
+            })
+            .collect();
+        Self {
+            database,
+            start,
+            chain,
+            at,
+            open,
+            sessions: HashMap::new(),
+            statements: HashMap::new(),
+            remembered: REMEMBERED,
+            batch: Batch::default(),
+        }
+    }
+
+    /// The end of the chain.
+    #[must_use]
+    pub fn chain(&self) -> &Chain {
+        &self.chain
+    }
+
+    /// Whether a frame is for this ledger.
+    #[must_use]
+    pub fn wants(&self, header: &Header) -> bool {
+        match FrameKind::from_u8(header.kind) {
+            Some(FrameKind::Pad) => false,
+            Some(FrameKind::Boot) => true,
+            _ => header.dest == self.database,
+        }
+    }
+
+    /// Takes the next frame. Frames of other ledgers are ignored.
+    pub fn frame(
+        &mut self,
+        pos: u64,
+        header: &Header,
+        payload: &[u8],
+        directory: &mut impl Directory,
+        fingerprint: &mut impl Fingerprint,
+    ) {
+        if !self.wants(header) {
+            return;
+        }
+        let understood = header.version == frame::VERSION
+            && match FrameKind::from_u8(header.kind) {
+                Some(FrameKind::Intent) => self.intent(pos, payload),
+                Some(FrameKind::Outcome) => self.outcome(pos, payload, directory),
+                Some(FrameKind::Session) => self.session(payload, directory),
+                Some(FrameKind::Shape) => self.shape(payload, directory, fingerprint),
+                Some(FrameKind::SessionEnd) => self.session_end(payload, directory),
+                Some(FrameKind::Boot) => self.boot(payload, directory),
+                Some(FrameKind::Gap) => self.backend_gap(pos, payload),
+                Some(FrameKind::Pad) => true,
+                None => false,
+            };
+        if !understood {
+            let end = pos + frame::frame_size(payload.len()) as u64;
+            self.gap(reason::FRAME_MALFORMED, 0, pos, end);
+        }
+    }
+
+    /// Takes note that frames between two positions cannot be read.
+    pub fn damaged(&mut self, from: u64, to: u64) {
+        self.gap(reason::JOURNAL_DAMAGED, 0, from, to);
+    }
+
+    /// Takes note that something is missing.
+    pub fn gap(&mut self, reason: &str, statements: u64, from: u64, to: u64) {
+        let facts = GapFacts {
+            reason: reason.to_owned(),
+            statements,
+            from_position: from,
+            to_position: to,
+        };
+        self.push(EventKind::Gap, self.at, facts.encode());
+    }
+
+    /// Ends every open intent as interrupted: nothing can bring its outcome any more.
+    pub fn interrupt_all(&mut self, directory: &mut impl Directory) {
+        self.interrupt(|_| true, directory);
+    }
+
+    /// What came out of the frames since the last call. The caller stores it together with
+    /// [`Self::chain`] and the journal position after the last frame.
+    pub fn take(&mut self) -> Batch {
+        for (pos, open) in &mut self.open {
+            if !open.stored {
+                open.stored = true;
+                self.batch.opened.push((*pos, open.intent.encode()));
+            }
+        }
+        // Only here, where the tables are about to know every key.
+        if self.sessions.len() > self.remembered {
+            self.sessions.clear();
+        }
+        if self.statements.len() > self.remembered {
+            self.statements.clear();
+        }
+        std::mem::take(&mut self.batch)
+    }
+
+    fn intent(&mut self, pos: u64, payload: &[u8]) -> bool {
+        let Some(intent) = Intent::decode(payload) else {
+            return false;
+        };
+        if self.open.contains_key(&pos) {
+            return false;
+        }
+        self.open.insert(
+            pos,
+            Open {
+                intent,
+                stored: false,
+            },
+        );
+        true
+    }
+
+    fn outcome(&mut self, pos: u64, payload: &[u8], directory: &mut impl Directory) -> bool {
+        let Some(o) = frame::Outcome::decode(payload) else {
+            return false;
+        };
+        let Some(sqlstate) = sqlstate(o.sqlstate) else {
+            return false;
+        };
+        if Outcome::from_u8(o.outcome).is_none() {
+            return false;
+        }
+        match self.open.remove(&o.intent) {
+            Some(open) => self.execution(o.intent, open, &o, sqlstate, directory),
+            // It began before there was a ledger.
+            None if o.intent < self.start => {}
+            None => self.gap(reason::OUTCOME_UNMATCHED, 1, o.intent, pos),
+        }
+        true
+    }
+
+    fn execution(
+        &mut self,
+        pos: u64,
+        open: Open,
+        o: &frame::Outcome,
+        sqlstate: String,
+        directory: &mut impl Directory,
+    ) {
+        let Open { intent, stored } = open;
+        if stored {
+            self.batch.closed.push(pos);
+        }
+        let session = known(&mut self.sessions, intent.session, |k| directory.session(k));
+        let statement = known(&mut self.statements, intent.shape, |k| {
+            directory.statement(k)
+        });
+        let facts = ExecutionFacts {
+            position: pos,
+            parent: intent.parent,
+            sqlstate,
+            rule: o.rule.clone(),
+        };
+        let mut event = blank(EventKind::Execution, intent.at, facts.encode());
+        event.session = session;
+        event.statement = statement;
+        event.rows = o.rows;
+        event.duration_us = o.duration_us;
+        event.outcome = i16::from(o.outcome);
+        event.flags = (intent.flags | o.flags) as i32;
+        self.append(event);
+    }
+
+    fn interrupt(&mut self, which: impl Fn(&Intent) -> bool, directory: &mut impl Directory) {
+        let positions: Vec<u64> = self
+            .open
+            .iter()
+            .filter(|(_, o)| which(&o.intent))
+            .map(|(pos, _)| *pos)
+            .collect();
+        let interrupted = frame::Outcome {
+            intent: 0,
+            rows: -1,
+            duration_us: -1,
+            outcome: Outcome::Interrupted as u8,
+            flags: 0,
+            sqlstate: [0; 5],
+            rule: String::new(),
+        };
+        for pos in positions {
+            if let Some(open) = self.open.remove(&pos) {
+                self.execution(pos, open, &interrupted, String::new(), directory);
+            }
+        }
+    }
+
+    fn session(&mut self, payload: &[u8], directory: &mut impl Directory) -> bool {
+        let Some((key, tlv)) = keyed(payload) else {
+            return false;
+        };
+        if SessionFacts::decode(tlv).is_err() {
+            return false;
+        }
+        if known(&mut self.sessions, key, |k| directory.session(k)) != 0 {
+            return true;
+        }
+        let stored = with_key(tlv.to_vec(), key);
+        let Some(row) = SessionRow::project(self.chain.seq + 1, &stored) else {
+            return false;
+        };
+        self.push(
+            EventKind::Session,
+            self.at.max(row.facts.backend_start),
+            stored,
+        );
+        self.sessions.insert(key, row.id);
+        self.batch.sessions.push(row);
+        true
+    }
+
+    fn shape(
+        &mut self,
+        payload: &[u8],
+        directory: &mut impl Directory,
+        fingerprint: &mut impl Fingerprint,
+    ) -> bool {
+        let Some((key, tlv)) = keyed(payload) else {
+            return false;
+        };
+        let Ok(mut facts) = ShapeFacts::decode(tlv) else {
+            return false;
+        };
+        if known(&mut self.statements, key, |k| directory.statement(k)) != 0 {
+            return true;
+        }
+        if facts.fingerprint.is_empty() && facts.full_length == 0 {
+            facts.fingerprint = fingerprint.fingerprint(&facts.text);
+        }
+        let stored = with_key(facts.encode(), key);
+        let row = StatementRow {
+            id: self.chain.seq + 1,
+            key,
+            facts,
+        };
+        self.push(EventKind::Statement, self.at, stored);
+        self.statements.insert(key, row.id);
+        self.batch.statements.push(row);
+        true
+    }
+
+    fn session_end(&mut self, payload: &[u8], directory: &mut impl Directory) -> bool {
+        let Some(backend) = u64le(payload, 0) else {
+            return false;
+        };
+        self.interrupt(|i| i.backend == backend, directory);
+        true
+    }
+
+    fn boot(&mut self, payload: &[u8], directory: &mut impl Directory) -> bool {
+        self.interrupt_all(directory);
+        let at = u64le(payload, 0).map_or(self.at, |at| at as i64);
+        self.push(EventKind::Boot, at, Vec::new());
+        true
+    }
+
+    fn backend_gap(&mut self, pos: u64, payload: &[u8]) -> bool {
+        let Some(count) = u64le(payload, 0) else {
+            return false;
+        };
+        let end = pos + frame::frame_size(payload.len()) as u64;
+        self.gap(reason::JOURNAL_FULL, count, pos, end);
+        true
+    }
+
+    fn push(&mut self, kind: EventKind, at: i64, payload: Vec<u8>) {
+        self.append(blank(kind, at, payload));
+    }
+
+    fn append(&mut self, mut event: Event) {
+        let hash = self.chain.append(&mut event);
+        self.at = event.at;
+        self.batch.events.push((event, hash));
+    }
+}
+
+fn blank(kind: EventKind, at: i64, payload: Vec<u8>) -> Event {
+    Event {
+        seq: 0,
+        at,
+        kind: kind as i16,
+        session: 0,
+        statement: 0,
+        rows: -1,
+        duration_us: -1,
+        outcome: Outcome::Succeeded as i16,
+        flags: 0,
+        payload,
+    }
+}
+
+/// The `seq` of a key, or 0.
+fn known(cache: &mut HashMap<u64, i64>, key: u64, look_up: impl FnOnce(u64) -> Option<i64>) -> i64 {
+    *cache
+        .entry(key)
+        .or_insert_with(|| look_up(key).unwrap_or(0))
+}
+
+fn keyed(payload: &[u8]) -> Option<(u64, &[u8])> {
+    Some((u64le(payload, 0)?, &payload[8..]))
+}
+
+fn with_key(mut tlv: Vec<u8>, key: u64) -> Vec<u8> {
+    tlv.extend_from_slice(&KEY_TAG.to_be_bytes());
+    tlv.extend_from_slice(&8u32.to_be_bytes());
+    tlv.extend_from_slice(&key.to_be_bytes());
+    tlv
+}
+
+/// Five characters as text; zeros are an empty text.
+fn sqlstate(code: [u8; 5]) -> Option<String> {
+    if code == [0; 5] {
+        return Some(String::new());
+    }
+    let valid = code
+        .iter()
+        .all(|c| c.is_ascii_digit() || c.is_ascii_uppercase());
+    valid.then(|| code.iter().map(|c| char::from(*c)).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::event::flags;
+    use crate::ledger::event_hash;
+    use proptest::prelude::*;
+    use std::collections::HashSet;
+
+    const DB: u32 = 5;
+    const START: u64 = 64;
+
+    /// The tables of a ledger, as the recorder would store them.
+    #[derive(Debug, Default)]
+    struct Tables {
+        events: Vec<(Event, Hash)>,
+        sessions: HashMap<u64, i64>,
+        statements: HashMap<u64, i64>,
+        pending: BTreeMap<u64, Intent>,
+        chain: Chain,
+    }
+
+    impl Directory for &Tables {
+        fn session(&mut self, key: u64) -> Option<i64> {
+            self.sessions.get(&key).copied()
+        }
+        fn statement(&mut self, key: u64) -> Option<i64> {
+            self.statements.get(&key).copied()
+        }
+    }
+
+    impl Tables {
+        fn joiner(&self) -> Joiner {
+            let at = self.events.last().map_or(0, |(e, _)| e.at);
+            let pending = self.pending.iter().map(|(p, i)| (*p, *i));
+            let mut j = Joiner::new(DB, START, self.chain.clone(), at, pending);
+            j.remembered = 2;
+            j
+        }
+
+        fn store(&mut self, j: &mut Joiner) {
+            let b = j.take();
+            for r in &b.sessions {
+                assert_eq!(
+                    self.sessions.insert(r.key, r.id),
+                    None,
+                    "a session is stored once"
+                );
+            }
+            for r in &b.statements {
+                assert_eq!(
+                    self.statements.insert(r.key, r.id),
+                    None,
+                    "a statement is stored once"
+                );
+            }
+            for pos in &b.closed {
+                assert!(
+                    self.pending.remove(pos).is_some(),
+                    "only stored intents are removed"
+                );
+            }
+            for (pos, i) in &b.opened {
+                assert!(
+                    self.pending
+                        .insert(*pos, Intent::decode(i).unwrap())
+                        .is_none()
+                );
+            }
+            self.events.extend(b.events);
+            self.chain = j.chain().clone();
+        }
+    }
+
+    struct Digits;
+    impl Fingerprint for Digits {
+        fn fingerprint(&mut self, text: &str) -> String {
+            format!("{:016x}", text.len())
+        }
+    }
+
+    #[derive(Debug, Clone)]
+    enum Item {
+        Frame(u8, u32, u16, Vec<u8>),
+        Damaged,
+    }
+
+    fn frame(kind: FrameKind, payload: Vec<u8>) -> Item {
+        Item::Frame(kind as u8, DB, frame::VERSION, payload)
+    }
+
+    fn session(key: u64) -> Item {
+        let facts = SessionFacts {
+            session: key,
+            session_user: format!("user{key}"),
+            ..SessionFacts::default()
+        };
+        frame(
+            FrameKind::Session,
+            [&key.to_le_bytes()[..], &facts.encode()].concat(),
+        )
+    }
+
+    fn shape(key: u64) -> Item {
+        let facts = ShapeFacts {
+            command: "SELECT".into(),
+            text: "x".repeat(key as usize + 1),
+            ..ShapeFacts::default()
+        };
+        frame(
+            FrameKind::Shape,
+            [&key.to_le_bytes()[..], &facts.encode()].concat(),
+        )
+    }
+
+    fn intent(at: i64, backend: u64, session: u64, shape: u64) -> Item {
+        let i = Intent {
+            at,
+            backend,
+            session,
+            shape,
+            parent: 0,
+            flags: flags::NESTED,
+        };
+        frame(FrameKind::Intent, i.encode().to_vec())
+    }
+
+    fn outcome(intent: u64, rows: i64) -> Item {
+        let o = frame::Outcome {
+            intent,
+            rows,
+            duration_us: 3,
+            outcome: 0,
+            flags: flags::MASKED,
+            sqlstate: [0; 5],
+            rule: String::new(),
+        };
+        frame(FrameKind::Outcome, o.encode())
+    }
+
+    fn end(backend: u64) -> Item {
+        frame(FrameKind::SessionEnd, backend.to_le_bytes().to_vec())
+    }
+
+    /// Item `i` lies at position `(i + 1) * 64`.
+    fn feed(j: &mut Joiner, tables: &Tables, i: usize, item: &Item) {
+        let pos = (i as u64 + 1) * 64;
+        match item {
+            Item::Frame(kind, dest, version, payload) => {
+                let h = Header {
+                    len: payload.len() as u32,
+                    crc: 0,
+                    kind: *kind,
+                    version: *version,
+                    dest: *dest,
+                    pid: 1,
+                };
+                j.frame(pos, &h, payload, &mut &*tables, &mut Digits);
+            }
+            Item::Damaged => j.damaged(pos, pos + 64),
+        }
+    }
+
+    fn run(items: &[Item], cuts: &HashSet<usize>, restarts: &HashSet<usize>) -> Tables {
+        let mut tables = Tables::default();
+        let mut j = tables.joiner();
+        for (i, item) in items.iter().enumerate() {
+            feed(&mut j, &tables, i, item);
+            if restarts.contains(&i) {
+                // What was not stored is read again by the next recorder.
+                tables.store(&mut j);
+                let mut dies = tables.joiner();
+                for (k, item) in items.iter().enumerate().skip(i + 1).take(3) {
+                    feed(&mut dies, &tables, k, item);
+                }
+                j = tables.joiner();
+            } else if cuts.contains(&i) {
+                tables.store(&mut j);
+            }
+        }
+        tables.store(&mut j);
+        tables
+    }
+
+    fn kinds(t: &Tables) -> Vec<i16> {
+        t.events.iter().map(|(e, _)| e.kind).collect()
+    }
+
+    fn whole(items: &[Item]) -> Tables {
+        run(items, &HashSet::new(), &HashSet::new())
+    }
+
+    fn gap_reason(e: &Event) -> String {
+        GapFacts::decode(&e.payload).unwrap().reason
+    }
+
+    fn item() -> impl Strategy<Value = Item> {
+        prop_oneof![
+            2 => (0u64..6).prop_map(session),
+            2 => (0u64..6).prop_map(shape),
+            8 => (0i64..99, 0u64..4, 0u64..7, 0u64..7).prop_map(|(a, b, s, q)| intent(a, b, s, q)),
+            8 => (1u64..40, -1i64..5).prop_map(|(n, rows)| outcome(n * 64, rows)),
+            1 => (0u64..4).prop_map(end),
+            1 => Just(Item::Frame(FrameKind::Boot as u8, 0, frame::VERSION, vec![])),
+            1 => Just(frame(FrameKind::Gap, 7u64.to_le_bytes().to_vec())),
+            1 => Just(Item::Damaged),
+            2 => (any::<u8>(), 4u32..7, 0u16..3, prop::collection::vec(any::<u8>(), 0..80))
+                .prop_map(|(k, d, v, p)| Item::Frame(k, d, v, p)),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(400))]
+        #[test]
+        fn cuts_and_restarts_change_nothing(
+            items in prop::collection::vec(item(), 0..60),
+            cuts in prop::collection::hash_set(0usize..60, 0..20),
+            restarts in prop::collection::hash_set(0usize..60, 0..20),
+        ) {
+            let expected = whole(&items);
+            let got = run(&items, &cuts, &restarts);
+            prop_assert_eq!(&got.events, &expected.events);
+            prop_assert_eq!(&got.pending, &expected.pending);
+            let mut walk = Chain::default();
+            for (e, h) in &got.events {
+                prop_assert_eq!(walk.check(e, h), Ok(()));
+                match EventKind::from_i16(e.kind) {
+                    Some(EventKind::Session) => {
+                        let r = SessionRow::project(e.seq, &e.payload).unwrap();
+                        prop_assert_eq!(got.sessions.get(&r.key), Some(&e.seq));
+                    }
+                    Some(EventKind::Statement) => {
+                        let r = StatementRow::project(e.seq, &e.payload).unwrap();
+                        prop_assert_eq!(got.statements.get(&r.key), Some(&e.seq));
+                    }
+                    _ => {}
+                }
+            }
+        }
+
+        #[test]
+        fn every_intent_is_recorded_once(items in prop::collection::vec(item(), 0..60)) {
+            let t = whole(&items);
+            let mut seen = HashSet::new();
+            for (e, _) in t.events.iter().filter(|(e, _)| e.kind == EventKind::Execution as i16) {
+                prop_assert!(seen.insert(ExecutionFacts::decode(&e.payload).unwrap().position));
+            }
+            for (i, item) in items.iter().enumerate() {
+                if let Item::Frame(4, DB, 1, p) = item && p.len() >= Intent::SIZE {
+                    let pos = (i as u64 + 1) * 64;
+                    prop_assert!(seen.contains(&pos) ^ t.pending.contains_key(&pos));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn an_execution_refers_to_its_session_and_statement() {
+        let t = whole(&[session(1), shape(2), intent(17, 9, 1, 2), outcome(192, 5)]);
+        assert_eq!(kinds(&t), [1, 2, 3]);
+        let e = &t.events[2].0;
+        assert_eq!(
+            (e.session, e.statement, e.rows, e.duration_us, e.at),
+            (1, 2, 5, 3, 17)
+        );
+        assert_eq!(e.flags as u32, flags::NESTED | flags::MASKED);
+        assert_eq!(t.events[2].1, event_hash(&t.events[1].1, e));
+        assert!(t.pending.is_empty());
+    }
+
+    #[test]
+    fn a_repeated_session_or_shape_is_no_event() {
+        let t = whole(&[session(1), shape(2), session(1), shape(2)]);
+        assert_eq!(kinds(&t), [1, 2]);
+    }
+
+    #[test]
+    fn lost_sessions_and_shapes_leave_a_zero() {
+        let t = whole(&[intent(17, 9, 1, 2), outcome(64, 5), session(1)]);
+        assert_eq!(kinds(&t), [3, 1]);
+        assert_eq!((t.events[0].0.session, t.events[0].0.statement), (0, 0));
+        assert_eq!(t.sessions.get(&1), Some(&2));
+    }
+
+    #[test]
+    fn a_boot_interrupts_every_open_intent() {
+        let at = 4_000_000u64.to_le_bytes().to_vec();
+        let boot = Item::Frame(FrameKind::Boot as u8, 0, frame::VERSION, at);
+        let t = whole(&[intent(1, 8, 0, 0), intent(2, 9, 0, 0), boot]);
+        assert_eq!(kinds(&t), [3, 3, 5]);
+        assert!(
+            t.events[..2]
+                .iter()
+                .all(|(e, _)| e.outcome == Outcome::Interrupted as i16)
+        );
+        assert_eq!(t.events[2].0.at, 4_000_000);
+    }
+
+    #[test]
+    fn a_backend_that_ends_interrupts_its_own_intents_only() {
+        let t = whole(&[intent(1, 8, 0, 0), intent(2, 9, 0, 0), end(8)]);
+        assert_eq!(kinds(&t), [3]);
+        assert_eq!(
+            ExecutionFacts::decode(&t.events[0].0.payload)
+                .unwrap()
+                .position,
+            64
+        );
+        assert_eq!(t.pending.keys().copied().collect::<Vec<_>>(), [128]);
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_a_gap() {
+        let mut newer = intent(1, 1, 1, 1);
+        if let Item::Frame(_, _, version, _) = &mut newer {
+            *version = 2;
+        }
+        let t = whole(&[
+            Item::Damaged,
+            outcome(9999, 1),
+            frame(FrameKind::Gap, 12u64.to_le_bytes().to_vec()),
+            frame(FrameKind::Session, vec![1, 2, 3]),
+            newer,
+        ]);
+        assert_eq!(kinds(&t), [4, 4, 4, 4, 4]);
+        let reasons: Vec<_> = t.events.iter().map(|(e, _)| gap_reason(e)).collect();
+        assert_eq!(
+            reasons,
+            [
+                "journal_damaged",
+                "outcome_unmatched",
+                "journal_full",
+                "frame_malformed",
+                "frame_malformed"
+            ]
+        );
+        assert_eq!(
+            GapFacts::decode(&t.events[2].0.payload).unwrap().statements,
+            12
+        );
+    }
+
+    #[test]
+    fn a_statement_that_began_before_the_ledger_is_no_gap() {
+        assert!(whole(&[outcome(56, 1)]).events.is_empty());
+    }
+
+    #[test]
+    fn frames_of_other_ledgers_are_ignored() {
+        let other = Item::Frame(FrameKind::Gap as u8, 6, frame::VERSION, vec![0; 8]);
+        assert!(whole(&[other]).events.is_empty());
+    }
+
+    #[test]
+    fn a_statement_is_stored_with_its_fingerprint_and_key() {
+        let t = whole(&[shape(3)]);
+        let row = StatementRow::project(1, &t.events[0].0.payload).unwrap();
+        assert_eq!(row.facts.fingerprint, "0000000000000004");
+        assert_eq!(row.key, 3);
+    }
+}

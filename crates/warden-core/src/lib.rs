@@ -1,0 +1,17 @@
+//! The pure logic of pg_warden.
+//!
+//! Owns: events and their encodings, the journal's frame format, the hash chain, identity tokens,
+//! mask functions, guardrail decisions and sink formats. Receives plain Rust values and returns
+//! plain Rust values. Never does I/O, never reads a clock, never sees PostgreSQL.
+#![forbid(unsafe_code)]
+
+pub mod event;
+pub mod frame;
+pub mod guardrail;
+pub mod identity;
+pub mod join;
+pub mod ledger;
+pub mod masks;
+pub mod sink;
+pub mod text;
+pub mod tlv;

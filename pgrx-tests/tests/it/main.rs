@@ -1,0 +1,19 @@
+//! What pg_warden promises, checked on a real server by real clients. One module a subject, one
+//! test a promise.
+
+mod capture;
+mod databases;
+mod errors;
+mod exactly_once;
+mod guardrails;
+mod identity;
+mod identity_attacks;
+mod journal;
+mod lifecycle;
+mod masking;
+mod masking_attacks;
+mod privileges;
+mod readme;
+mod shipping;
+mod symbols;
+mod tampering;

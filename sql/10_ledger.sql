@@ -1,0 +1,166 @@
+-- The ledger: events, what projects them, and the recorder's place in the journal.
+-- Only the recorder writes here. No role holds INSERT, UPDATE, DELETE or TRUNCATE.
+
+CREATE TABLE warden.event (
+    seq bigint NOT NULL,
+    at timestamptz NOT NULL,
+    kind smallint NOT NULL,
+    session bigint NOT NULL,
+    statement bigint NOT NULL,
+    rows bigint NOT NULL,
+    duration_us bigint NOT NULL,
+    outcome smallint NOT NULL,
+    flags integer NOT NULL,
+    payload bytea NOT NULL,
+    hash bytea NOT NULL,
+    PRIMARY KEY (seq)
+) PARTITION BY RANGE (seq);
+CREATE INDEX event_at_idx ON warden.event USING brin (at) WITH (autosummarize = on);
+COMMENT ON TABLE warden.event IS 'The ledger: one row an event, chained by hash. Written by the recorder only.';
+COMMENT ON COLUMN warden.event.seq IS 'Place in the chain, from 1, without holes';
+COMMENT ON COLUMN warden.event.at IS 'When it happened; a statement: when it started';
+COMMENT ON COLUMN warden.event.kind IS '1 session, 2 statement, 3 execution, 4 gap, 5 boot';
+COMMENT ON COLUMN warden.event.session IS 'seq of the session event, or 0';
+COMMENT ON COLUMN warden.event.statement IS 'seq of the statement event, or 0';
+COMMENT ON COLUMN warden.event.rows IS 'Rows returned or affected, or -1';
+COMMENT ON COLUMN warden.event.duration_us IS 'Microseconds, or -1';
+COMMENT ON COLUMN warden.event.outcome IS '0 succeeded, 1 failed, 2 blocked, 3 interrupted';
+COMMENT ON COLUMN warden.event.flags IS '1 nested, 2 utility, 4 masked, 8 partial, 16 background';
+COMMENT ON COLUMN warden.event.payload IS 'Details, as warden.event_detail() shows them';
+COMMENT ON COLUMN warden.event.hash IS 'SHA-256 over the hash before it and this event';
+
+-- Events 1 to 2^24. The recorder adds the next partitions before they are needed.
+CREATE TABLE warden.event_p00000 PARTITION OF warden.event FOR VALUES FROM (1) TO (16777217);
+COMMENT ON TABLE warden.event_p00000 IS 'Events 1 to 16777216 of the ledger';
+
+CREATE TABLE warden.session (
+    id bigint PRIMARY KEY,
+    key bigint NOT NULL,
+    backend bigint NOT NULL,
+    pid integer NOT NULL,
+    backend_start timestamptz NOT NULL,
+    database text NOT NULL,
+    login_role text NOT NULL,
+    effective_role text NOT NULL,
+    client_addr inet,
+    client_port integer NOT NULL,
+    application_name text NOT NULL,
+    actor text NOT NULL,
+    actor_kind text NOT NULL,
+    on_behalf_of text NOT NULL,
+    actor_groups text[] NOT NULL,
+    trust text NOT NULL,
+    issuer text NOT NULL,
+    token_id text NOT NULL
+);
+CREATE INDEX session_key_idx ON warden.session (key);
+COMMENT ON TABLE warden.session IS 'Projection of session events: who worked from where, until a role or the actor changed';
+COMMENT ON COLUMN warden.session.id IS 'seq of the session event';
+COMMENT ON COLUMN warden.session.key IS 'Key of the facts in the journal';
+COMMENT ON COLUMN warden.session.backend IS 'Random number of the backend: the same for all facts of a connection';
+COMMENT ON COLUMN warden.session.login_role IS 'session_user';
+COMMENT ON COLUMN warden.session.effective_role IS 'current_user';
+COMMENT ON COLUMN warden.session.trust IS 'How far the identity was checked: role or verified';
+
+CREATE TABLE warden.statement (
+    id bigint PRIMARY KEY,
+    key bigint NOT NULL,
+    command text NOT NULL,
+    text text NOT NULL,
+    fingerprint text NOT NULL,
+    relations jsonb NOT NULL,
+    masked jsonb NOT NULL
+);
+CREATE INDEX statement_key_idx ON warden.statement (key);
+COMMENT ON TABLE warden.statement IS 'Projection of statement events: what was asked, without literals';
+COMMENT ON COLUMN warden.statement.id IS 'seq of the statement event';
+COMMENT ON COLUMN warden.statement.key IS 'Key of the shape in the journal';
+COMMENT ON COLUMN warden.statement.text IS 'Statement with $n in place of literals';
+COMMENT ON COLUMN warden.statement.fingerprint IS 'pg_query fingerprint: the same on every server version; empty if the text cannot be parsed';
+COMMENT ON COLUMN warden.statement.relations IS 'Relations and columns, by kind of access';
+COMMENT ON COLUMN warden.statement.masked IS 'Columns that were masked, and by which function';
+
+CREATE TABLE warden.journal_position (
+    position bigint NOT NULL,
+    seq bigint NOT NULL,
+    hash bytea NOT NULL,
+    start bigint NOT NULL
+) WITH (fillfactor = 10);
+COMMENT ON TABLE warden.journal_position IS 'One row: how far the recorder has read the journal, and the end of the chain';
+COMMENT ON COLUMN warden.journal_position.position IS 'Journal position after the last frame recorded';
+COMMENT ON COLUMN warden.journal_position.seq IS 'seq of the last event';
+COMMENT ON COLUMN warden.journal_position.hash IS 'hash of the last event';
+COMMENT ON COLUMN warden.journal_position.start IS 'Journal position at which this ledger began';
+-- What the journal holds from an earlier ledger of this database does not belong to this one.
+CREATE FUNCTION warden.ledger_begin() RETURNS void
+    LANGUAGE c AS 'MODULE_PATHNAME', 'ledger_begin_wrapper';
+SELECT warden.ledger_begin();
+DROP FUNCTION warden.ledger_begin();
+
+CREATE TABLE warden.journal_pending (
+    position bigint PRIMARY KEY,
+    frame bytea NOT NULL
+);
+COMMENT ON TABLE warden.journal_pending IS 'Statements that have begun and whose end the recorder has not read yet';
+
+CREATE FUNCTION warden.event_detail(kind smallint, payload bytea) RETURNS jsonb
+    LANGUAGE c IMMUTABLE STRICT PARALLEL SAFE
+    AS 'MODULE_PATHNAME', 'event_detail_wrapper';
+COMMENT ON FUNCTION warden.event_detail(smallint, bytea) IS 'Details of a ledger event, as JSON';
+
+CREATE FUNCTION warden.verify(from_seq bigint DEFAULT 1, to_seq bigint DEFAULT NULL)
+    RETURNS TABLE (ok boolean, checked bigint, first_bad bigint, problem text)
+    LANGUAGE c VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+    AS 'MODULE_PATHNAME', 'ledger_verify_wrapper';
+COMMENT ON FUNCTION warden.verify(bigint, bigint) IS 'Walks the hash chain and the projections of the ledger, and names the first event that is not what was recorded';
+
+CREATE VIEW warden.activity AS
+SELECT e.seq,
+       e.at,
+       s.actor,
+       s.actor_kind,
+       NULLIF(s.on_behalf_of, '') AS on_behalf_of,
+       s.trust,
+       s.login_role,
+       s.effective_role,
+       s.database,
+       s.client_addr,
+       s.application_name,
+       s.pid,
+       q.command,
+       q.text AS query,
+       ARRAY(SELECT DISTINCT pg_catalog.concat_ws('.', NULLIF(a ->> 'schema', ''), a ->> 'relation')
+             FROM pg_catalog.jsonb_array_elements(q.relations) a ORDER BY 1) AS relations,
+       q.relations AS columns,
+       NULLIF(e.rows, -1) AS rows,
+       NULLIF(e.duration_us, -1) AS duration_us,
+       NULLIF(e.duration_us, -1) * interval '1 microsecond' AS duration,
+       CASE e.outcome WHEN 0 THEN 'succeeded' WHEN 1 THEN 'failed' WHEN 2 THEN 'blocked'
+                      WHEN 3 THEN 'interrupted' END AS outcome,
+       NULLIF(warden.event_detail(e.kind, e.payload) ->> 'sqlstate', '') AS sqlstate,
+       ARRAY(SELECT pg_catalog.concat_ws('.', m ->> 'relation', m ->> 'column')
+             FROM pg_catalog.jsonb_array_elements(q.masked) m
+             WHERE e.flags & 4 <> 0 ORDER BY 1) AS masked_columns,
+       NULLIF(warden.event_detail(e.kind, e.payload) ->> 'rule', '') AS rule,
+       e.flags & 1 <> 0 AS nested,
+       (warden.event_detail(e.kind, e.payload) ->> 'position')::bigint AS position,
+       NULLIF((warden.event_detail(e.kind, e.payload) ->> 'parent')::bigint, 0) AS parent_position
+FROM warden.event e
+LEFT JOIN warden.session s ON s.id = e.session
+LEFT JOIN warden.statement q ON q.id = e.statement
+WHERE e.kind = 3
+ORDER BY e.seq DESC;
+COMMENT ON VIEW warden.activity IS 'Who did what, when, from where, and what came of it: one row a statement, newest first';
+COMMENT ON COLUMN warden.activity.query IS 'Statement with $n in place of literals';
+COMMENT ON COLUMN warden.activity.columns IS 'Relations and columns, by kind of access';
+COMMENT ON COLUMN warden.activity.rule IS 'Guardrail or mask that decided';
+COMMENT ON COLUMN warden.activity.position IS 'Identifies the execution in its cluster';
+COMMENT ON COLUMN warden.activity.parent_position IS 'position of the statement that ran this one';
+
+REVOKE ALL ON warden.event, warden.event_p00000, warden.session, warden.statement,
+    warden.journal_position, warden.journal_pending, warden.activity FROM PUBLIC;
+GRANT SELECT ON warden.event, warden.session, warden.statement, warden.journal_position,
+    warden.activity TO warden_auditor;
+REVOKE ALL ON FUNCTION warden.event_detail(smallint, bytea), warden.verify(bigint, bigint) FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION warden.event_detail(smallint, bytea) TO warden_auditor, warden_admin;
+GRANT EXECUTE ON FUNCTION warden.verify(bigint, bigint) TO warden_auditor, warden_admin;

@@ -1,0 +1,41 @@
+//! SQL functions of the ledger. Declared in `sql/10_ledger.sql`.
+
+use crate::pg::ledger_table;
+use pgrx::prelude::*;
+
+/// `warden.event_detail(kind, payload)`.
+#[pg_extern(sql = false, immutable, parallel_safe)]
+fn event_detail(kind: i16, payload: &[u8]) -> pgrx::JsonB {
+    pgrx::JsonB(ledger_table::server_json(warden_core::join::describe(
+        kind, payload,
+    )))
+}
+
+/// `warden.verify(from_seq, to_seq)`.
+#[pg_extern(sql = false)]
+#[allow(
+    clippy::type_complexity,
+    reason = "the type is the function's result in SQL"
+)]
+fn ledger_verify(
+    from_seq: Option<i64>,
+    to_seq: Option<i64>,
+) -> TableIterator<
+    'static,
+    (
+        name!(ok, bool),
+        name!(checked, i64),
+        name!(first_bad, Option<i64>),
+        name!(problem, Option<String>),
+    ),
+> {
+    let verdict = ledger_table::verify(from_seq.unwrap_or(1), to_seq);
+    let (first_bad, problem) = verdict.problem.unzip();
+    TableIterator::once((problem.is_none(), verdict.checked, first_bad, problem))
+}
+
+/// Called once, by the extension's script: the ledger begins where the journal ends now.
+#[pg_extern(sql = false)]
+fn ledger_begin() {
+    ledger_table::begin();
+}

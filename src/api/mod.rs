@@ -1,0 +1,5 @@
+//! SQL functions, each a line or two over a plain function.
+
+mod ledger;
+mod masks;
+pub mod sinks;

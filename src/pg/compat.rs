@@ -1,0 +1,120 @@
+//! Differences between the supported servers, in one place.
+
+use pgrx::pg_sys;
+
+/// How a planned statement uses one relation.
+#[derive(Clone, Copy)]
+pub struct Permission {
+    pub relid: pg_sys::Oid,
+    pub required: u64,
+    pub selected: *const pg_sys::Bitmapset,
+    pub inserted: *const pg_sys::Bitmapset,
+    pub updated: *const pg_sys::Bitmapset,
+}
+
+/// The elements of a list of pointers.
+///
+/// # Safety
+/// `list` is null or a valid list of pointers to `T`, and is not changed while it is walked.
+pub unsafe fn pointers<'a, T>(list: *mut pg_sys::List) -> impl Iterator<Item = *mut T> + 'a {
+    let (length, elements) = if list.is_null() {
+        (0, std::ptr::null_mut())
+    } else {
+        // SAFETY: a valid list.
+        unsafe { ((*list).length as usize, (*list).elements) }
+    };
+    // SAFETY: `elements` has `length` cells.
+    (0..length).map(move |i| unsafe { (*elements.add(i)).ptr_value.cast() })
+}
+
+/// The relations that a planned statement checks permissions on.
+///
+/// # Safety
+/// `stmt` is a valid PlannedStmt.
+#[cfg(feature = "pg15")]
+pub unsafe fn permissions(stmt: *mut pg_sys::PlannedStmt) -> impl Iterator<Item = Permission> {
+    // SAFETY: the range table is a list of RangeTblEntry.
+    unsafe {
+        pointers::<pg_sys::RangeTblEntry>((*stmt).rtable).filter_map(|rte| {
+            let r = &*rte;
+            (r.rtekind == pg_sys::RTEKind::RTE_RELATION).then_some(Permission {
+                relid: r.relid,
+                required: u64::from(r.requiredPerms),
+                selected: r.selectedCols,
+                inserted: r.insertedCols,
+                updated: r.updatedCols,
+            })
+        })
+    }
+}
+
+/// The relations that a planned statement checks permissions on.
+///
+/// # Safety
+/// `stmt` is a valid PlannedStmt.
+#[cfg(not(feature = "pg15"))]
+pub unsafe fn permissions(stmt: *mut pg_sys::PlannedStmt) -> impl Iterator<Item = Permission> {
+    // SAFETY: a list of RTEPermissionInfo.
+    unsafe {
+        pointers::<pg_sys::RTEPermissionInfo>((*stmt).permInfos).map(|p| {
+            let p = &*p;
+            Permission {
+                relid: p.relid,
+                required: p.requiredPerms,
+                selected: p.selectedCols,
+                inserted: p.insertedCols,
+                updated: p.updatedCols,
+            }
+        })
+    }
+}
+
+/// The words of a bitmap set.
+///
+/// # Safety
+/// `set` is null or a valid set that outlives the slice.
+pub unsafe fn words<'a>(set: *const pg_sys::Bitmapset) -> &'a [pg_sys::bitmapword] {
+    if set.is_null() {
+        return &[];
+    }
+    // SAFETY: a valid set has `nwords` words.
+    unsafe { (*set).words.as_slice((*set).nwords as usize) }
+}
+
+/// The attribute numbers in a set of columns; 0 is the whole row, negative ones are system columns.
+///
+/// # Safety
+/// As [`words`].
+pub unsafe fn attributes(set: *const pg_sys::Bitmapset) -> Vec<i32> {
+    let mut found = Vec::new();
+    // SAFETY: see above.
+    for (i, word) in unsafe { words(set) }.iter().enumerate() {
+        let mut rest = *word;
+        while rest != 0 {
+            let member = i as i32 * pg_sys::bitmapword::BITS as i32 + rest.trailing_zeros() as i32;
+            found.push(member + pg_sys::FirstLowInvalidHeapAttributeNumber);
+            rest &= rest - 1;
+        }
+    }
+    found
+}
+
+/// How many columns a relation has, dropped ones included; 0 if it is gone.
+///
+/// # Safety
+/// In a transaction.
+pub unsafe fn natts(relid: pg_sys::Oid) -> i16 {
+    // SAFETY: the tuple is released before it is forgotten.
+    unsafe {
+        let tuple = pg_sys::SearchSysCache1(
+            pg_sys::SysCacheIdentifier::RELOID as _,
+            pg_sys::Datum::from(relid),
+        );
+        if tuple.is_null() {
+            return 0;
+        }
+        let n = (*pg_sys::GETSTRUCT(tuple).cast::<pg_sys::FormData_pg_class>()).relnatts;
+        pg_sys::ReleaseSysCache(tuple);
+        n
+    }
+}

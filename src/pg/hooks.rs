@@ -1,0 +1,532 @@
+//! The hooks: trampolines that ask our own functions before and after, and call on exactly once.
+//!
+//! Each trampoline owns nothing with a destructor while it calls on (see [`chain`]); what comes
+//! before and after sits in guarded functions. `docs/ARCHITECTURE.md` lists why each hook exists,
+//! what it passes over, and what happens when it fails.
+
+use crate::error::{Refusal, RefusalCode};
+use crate::pg::raise::{self, Raised};
+use crate::pg::record::{self, Begun};
+use crate::pg::shape::{self, statement_text};
+use crate::pg::{chain, databases, identity, local::Local, mask, policy, rules, worker};
+use pgrx::{pg_guard, pg_sys};
+use std::ffi::{c_char, c_int, c_void};
+use warden_core::event::Outcome;
+
+static mut PREV_START: pg_sys::ExecutorStart_hook_type = None;
+static mut PREV_RUN: pg_sys::ExecutorRun_hook_type = None;
+static mut PREV_FINISH: pg_sys::ExecutorFinish_hook_type = None;
+static mut PREV_END: pg_sys::ExecutorEnd_hook_type = None;
+static mut PREV_UTILITY: pg_sys::ProcessUtility_hook_type = None;
+static mut PREV_PLANNER: pg_sys::planner_hook_type = None;
+
+// PostgreSQL's own functions, not pgrx's guarded wrappers (trap T2).
+unsafe extern "C-unwind" {
+    fn standard_ExecutorStart(query: *mut pg_sys::QueryDesc, eflags: c_int);
+    #[cfg(not(feature = "pg18"))]
+    fn standard_ExecutorRun(
+        query: *mut pg_sys::QueryDesc,
+        direction: pg_sys::ScanDirection::Type,
+        count: u64,
+        once: bool,
+    );
+    #[cfg(feature = "pg18")]
+    fn standard_ExecutorRun(
+        query: *mut pg_sys::QueryDesc,
+        direction: pg_sys::ScanDirection::Type,
+        count: u64,
+    );
+    fn standard_ExecutorFinish(query: *mut pg_sys::QueryDesc);
+    fn standard_ExecutorEnd(query: *mut pg_sys::QueryDesc);
+    fn standard_planner(
+        parse: *mut pg_sys::Query,
+        source: *const c_char,
+        options: c_int,
+        params: pg_sys::ParamListInfo,
+    ) -> *mut pg_sys::PlannedStmt;
+    fn standard_ProcessUtility(
+        stmt: *mut pg_sys::PlannedStmt,
+        source: *const c_char,
+        read_only: bool,
+        context: pg_sys::ProcessUtilityContext::Type,
+        params: pg_sys::ParamListInfo,
+        env: *mut pg_sys::QueryEnvironment,
+        dest: *mut pg_sys::DestReceiver,
+        qc: *mut pg_sys::QueryCompletion,
+    );
+}
+
+/// Installs the hooks. Called from _PG_init of a preloaded library.
+pub fn install() {
+    // SAFETY: the postmaster has one thread, and no backend exists yet.
+    unsafe {
+        PREV_START = (&raw mut pg_sys::ExecutorStart_hook).replace(Some(executor_start));
+        PREV_RUN = (&raw mut pg_sys::ExecutorRun_hook).replace(Some(executor_run));
+        PREV_FINISH = (&raw mut pg_sys::ExecutorFinish_hook).replace(Some(executor_finish));
+        PREV_END = (&raw mut pg_sys::ExecutorEnd_hook).replace(Some(executor_end));
+        PREV_UTILITY = (&raw mut pg_sys::ProcessUtility_hook).replace(Some(process_utility));
+        PREV_PLANNER = (&raw mut pg_sys::planner_hook).replace(Some(planner));
+    }
+}
+
+/// Set when this backend has asked to be told of the ends of transactions.
+static CALLBACKS: Local<bool> = Local::new(false);
+
+/// Statements of our own workers and of parallel workers (their leader is recorded) are not ours.
+/// Those of foreign keys are not either, but only the planner hook can tell them from statements of
+/// users' triggers that a cascade fires: see [`mask::plans_integrity_check`].
+#[inline]
+fn passes() -> bool {
+    // SAFETY: reads a variable of this process.
+    worker::in_worker() || unsafe { pg_sys::ParallelWorkerNumber >= 0 }
+}
+
+// ---------------------------------------------------------------------------------------- planner
+
+unsafe extern "C-unwind" fn planner(
+    parse: *mut pg_sys::Query,
+    source: *const c_char,
+    options: c_int,
+    params: pg_sys::ParamListInfo,
+) -> *mut pg_sys::PlannedStmt {
+    // SAFETY: PostgreSQL's own arguments, passed on; nothing here has a destructor.
+    unsafe {
+        let mut refused = None;
+        let notes = before_planner(parse, source, &mut refused);
+        if let Some(refused) = refused {
+            raise::raise(refused);
+        }
+        let stmt = match PREV_PLANNER {
+            Some(prev) => prev(parse, source, options, params),
+            None => standard_planner(parse, source, options, params),
+        };
+        after_planner(stmt, notes);
+        stmt
+    }
+}
+
+/// What was found before planning, as nodes in PostgreSQL's memory: an error leaks nothing.
+#[pg_guard]
+unsafe extern "C-unwind" fn before_planner(
+    parse: *mut pg_sys::Query,
+    source: *const c_char,
+    refused: *mut Option<Raised>,
+) -> *mut pg_sys::List {
+    // Not `passes()`: functions that a parallel worker runs have queries of their own to mask.
+    if worker::in_worker() || !policy::installed() {
+        return std::ptr::null_mut();
+    }
+    // SAFETY: a valid query, in a transaction; `refused` is the trampoline's.
+    unsafe {
+        let labels = rules::without_where(parse);
+        match mask::mask_query(parse, source) {
+            Ok(outcome) => mask::notes(&outcome, &labels),
+            Err(refusal) => {
+                let sql = statement_text(source, (*parse).stmt_location, (*parse).stmt_len);
+                let command = shape::command_name((*parse).commandType);
+                let begun =
+                    record::begin(false, true, |dest| shape::utility(dest, command, sql, &[]));
+                record::blocked(begun.unwrap_or(Begun::UNRECORDED), &refusal);
+                *refused = Some(raise::prepare(&refusal));
+                std::ptr::null_mut()
+            }
+        }
+    }
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn after_planner(
+    stmt: *mut pg_sys::PlannedStmt,
+    notes: *mut pg_sys::List,
+) {
+    if worker::in_worker() || !policy::installed() {
+        return;
+    }
+    // SAFETY: a valid statement, and the notes made for it.
+    unsafe { mask::annotate(stmt, notes) }
+}
+
+// --------------------------------------------------------------------------------------- executor
+
+unsafe extern "C-unwind" fn executor_start(query: *mut pg_sys::QueryDesc, eflags: c_int) {
+    // SAFETY: as in `planner`.
+    unsafe {
+        let mut refused = None;
+        let recorded = before_start(query, eflags, &mut refused);
+        if let Some(refused) = refused {
+            raise::raise(refused);
+        }
+        let failed = chain::call(|| match PREV_START {
+            Some(prev) => {
+                prev(query, eflags);
+            }
+            None => standard_ExecutorStart(query, eflags),
+        });
+        if failed {
+            rethrow(failed_query(query));
+        }
+        if recorded {
+            watch(query);
+        }
+    }
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn before_start(
+    query: *mut pg_sys::QueryDesc,
+    eflags: c_int,
+    refused: *mut Option<Raised>,
+) -> bool {
+    if passes() || eflags & pg_sys::EXEC_FLAG_EXPLAIN_ONLY as c_int != 0 {
+        return false;
+    }
+    register_callbacks();
+    // SAFETY: a valid query; `refused` is the trampoline's.
+    unsafe {
+        let stmt = (*query).plannedstmt;
+        if mask::plans_integrity_check(stmt) {
+            return false;
+        }
+        let sql = statement_text((*query).sourceText, (*stmt).stmt_location, (*stmt).stmt_len);
+        let notes = mask::read_notes(stmt);
+        let decision = if policy::installed() {
+            check_identity(|| mask::calls_only_identity_functions(stmt))
+                .and_then(|()| rules::check_planned(stmt, &notes.labels))
+        } else {
+            Ok(())
+        };
+        let begun = record::begin(false, notes.masked, |dest| shape::planned(dest, stmt, sql));
+        match (decision, begun) {
+            (Ok(()), Ok(Begun::UNRECORDED)) => false,
+            (Ok(()), Ok(begun)) => {
+                record::attach(query, begun);
+                true
+            }
+            (Err(refusal), begun) => {
+                record::blocked(begun.unwrap_or(Begun::UNRECORDED), &refusal);
+                *refused = Some(raise::prepare(&refusal));
+                false
+            }
+            (Ok(()), Err(refusal)) => {
+                *refused = Some(raise::prepare(&refusal));
+                false
+            }
+        }
+    }
+}
+
+/// An expired token lets nothing through but a new one.
+fn check_identity(renews: impl FnOnce() -> bool) -> Result<(), Refusal> {
+    if record::nested() || !identity::expired(record::now()) || renews() {
+        return Ok(());
+    }
+    Err(Refusal {
+        code: RefusalCode::Identity,
+        message: "the identity token of this session has expired".into(),
+        detail: String::new(),
+        hint: "Call warden.login() with a new token, or warden.logout().".into(),
+        rule: "token_expired".into(),
+    })
+}
+
+/// Hangs our state on the query's memory: a query that is abandoned never reaches ExecutorEnd.
+#[pg_guard]
+unsafe extern "C-unwind" fn watch(query: *mut pg_sys::QueryDesc) {
+    // SAFETY: the executor has just made the context; the callback lives in it.
+    unsafe {
+        let context = (*(*query).estate).es_query_cxt;
+        let callback =
+            pg_sys::MemoryContextAlloc(context, size_of::<pg_sys::MemoryContextCallback>())
+                .cast::<pg_sys::MemoryContextCallback>();
+        (*callback).func = Some(abandoned);
+        (*callback).arg = query.cast();
+        (*callback).next = std::ptr::null_mut();
+        pg_sys::MemoryContextRegisterResetCallback(context, callback);
+    }
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn abandoned(arg: *mut c_void) {
+    record::detach(arg.cast(), Outcome::Interrupted, None);
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn failed_query(query: *mut pg_sys::QueryDesc) -> *mut pg_sys::ErrorData {
+    record::detach(query, Outcome::Failed, Some(chain::caught_sqlstate()));
+    if passes() {
+        return std::ptr::null_mut();
+    }
+    // SAFETY: an error is being handled.
+    unsafe { mask::scrubbed_error() }
+}
+
+/// Sends the caught error on: as it was, or without the DETAIL that may not be shown.
+///
+/// # Safety
+/// As [`chain::rethrow`].
+unsafe fn rethrow(scrubbed: *mut pg_sys::ErrorData) -> ! {
+    // SAFETY: see above.
+    unsafe {
+        if scrubbed.is_null() {
+            chain::rethrow();
+        }
+        mask::rethrow(scrubbed)
+    }
+}
+
+/// Runs `f` as part of `query`.
+///
+/// # Safety
+/// As [`chain::call`]; the caller has nothing with a destructor alive.
+#[inline]
+unsafe fn run_inside(query: *mut pg_sys::QueryDesc, f: impl FnOnce()) {
+    let depth = record::enter(record::intent_of(query));
+    // SAFETY: the closure calls on, and no more.
+    let failed = unsafe { chain::call(f) };
+    if failed {
+        // SAFETY: an error has been caught.
+        unsafe {
+            let scrubbed = failed_query(query);
+            record::leave_failed(depth);
+            rethrow(scrubbed);
+        }
+    }
+    record::leave(depth);
+}
+
+#[cfg(not(feature = "pg18"))]
+unsafe extern "C-unwind" fn executor_run(
+    query: *mut pg_sys::QueryDesc,
+    direction: pg_sys::ScanDirection::Type,
+    count: u64,
+    once: bool,
+) {
+    // SAFETY: as in `planner`.
+    unsafe {
+        run_inside(query, || match PREV_RUN {
+            Some(prev) => prev(query, direction, count, once),
+            None => standard_ExecutorRun(query, direction, count, once),
+        });
+        record::add_rows(query, (*(*query).estate).es_processed);
+    }
+}
+
+#[cfg(feature = "pg18")]
+unsafe extern "C-unwind" fn executor_run(
+    query: *mut pg_sys::QueryDesc,
+    direction: pg_sys::ScanDirection::Type,
+    count: u64,
+) {
+    // SAFETY: as in `planner`.
+    unsafe {
+        run_inside(query, || match PREV_RUN {
+            Some(prev) => prev(query, direction, count),
+            None => standard_ExecutorRun(query, direction, count),
+        });
+        record::add_rows(query, (*(*query).estate).es_processed);
+    }
+}
+
+unsafe extern "C-unwind" fn executor_finish(query: *mut pg_sys::QueryDesc) {
+    // SAFETY: as in `planner`.
+    unsafe {
+        run_inside(query, || match PREV_FINISH {
+            Some(prev) => prev(query),
+            None => standard_ExecutorFinish(query),
+        });
+    }
+}
+
+unsafe extern "C-unwind" fn executor_end(query: *mut pg_sys::QueryDesc) {
+    // SAFETY: as in `planner`. The outcome is recorded before the client hears of it.
+    unsafe {
+        after_query(query);
+        match PREV_END {
+            Some(prev) => prev(query),
+            None => standard_ExecutorEnd(query),
+        }
+    }
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn after_query(query: *mut pg_sys::QueryDesc) {
+    record::detach(query, Outcome::Succeeded, None);
+}
+
+// ---------------------------------------------------------------------------------------- utility
+
+/// What `before_utility` hands to the trampoline.
+#[derive(Clone, Copy)]
+struct Decided {
+    refused: Option<Raised>,
+    begun: Begun,
+    stmt: *mut pg_sys::PlannedStmt,
+    /// The extension is created or dropped by this command.
+    ours: bool,
+    /// Workers have left a database for this command.
+    paused: bool,
+}
+
+unsafe extern "C-unwind" fn process_utility(
+    stmt: *mut pg_sys::PlannedStmt,
+    source: *const c_char,
+    read_only: bool,
+    context: pg_sys::ProcessUtilityContext::Type,
+    params: pg_sys::ParamListInfo,
+    env: *mut pg_sys::QueryEnvironment,
+    dest: *mut pg_sys::DestReceiver,
+    qc: *mut pg_sys::QueryCompletion,
+) {
+    // SAFETY: as in `planner`.
+    unsafe {
+        let mut d = Decided {
+            refused: None,
+            begun: Begun::UNRECORDED,
+            stmt,
+            ours: false,
+            paused: false,
+        };
+        before_utility(source, &mut d);
+        if let Some(refused) = d.refused {
+            raise::raise(refused);
+        }
+        let depth = record::enter(d.begun.intent);
+        let failed = chain::call(|| match PREV_UTILITY {
+            Some(prev) => prev(d.stmt, source, read_only, context, params, env, dest, qc),
+            None => {
+                standard_ProcessUtility(d.stmt, source, read_only, context, params, env, dest, qc);
+            }
+        });
+        if d.paused {
+            databases::resume();
+        }
+        if failed {
+            let scrubbed = failed_utility(&d.begun);
+            record::leave_failed(depth);
+            rethrow(scrubbed);
+        }
+        after_utility(&d, qc);
+        record::leave(depth);
+    }
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn before_utility(source: *const c_char, d: *mut Decided) {
+    if passes() {
+        return;
+    }
+    register_callbacks();
+    // SAFETY: a valid statement; `d` is the trampoline's.
+    unsafe {
+        let d = &mut *d;
+        let stmt = d.stmt;
+        let node = (*stmt).utilityStmt;
+        let sql = statement_text(source, (*stmt).stmt_location, (*stmt).stmt_len);
+        let utility = rules::examine(node);
+        let installed = policy::installed();
+        let decision = if installed {
+            check_identity(|| rules::ends_transaction(node))
+                .and_then(|()| rules::check_utility(&utility))
+        } else {
+            Ok(())
+        };
+        let begun = record::begin(true, false, |dest| {
+            shape::utility(dest, &utility.command, sql, &utility.targets)
+        });
+        match (decision, begun) {
+            (Err(refusal), begun) => {
+                record::blocked(begun.unwrap_or(Begun::UNRECORDED), &refusal);
+                d.refused = Some(raise::prepare(&refusal));
+                return;
+            }
+            (Ok(()), Err(refusal)) => {
+                d.refused = Some(raise::prepare(&refusal));
+                return;
+            }
+            (Ok(()), Ok(begun)) => d.begun = begun,
+        }
+        d.ours = rules::is_about_us(node);
+        d.paused = databases::make_room(node);
+        if installed && let Some(rewritten) = mask::rewrite_copy(stmt) {
+            d.stmt = rewritten;
+        }
+    }
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn failed_utility(begun: *const Begun) -> *mut pg_sys::ErrorData {
+    // SAFETY: the trampoline's.
+    let begun = unsafe { *begun };
+    record::end(
+        begun,
+        Outcome::Failed,
+        Some(chain::caught_sqlstate()),
+        -1,
+        "",
+    );
+    if passes() {
+        return std::ptr::null_mut();
+    }
+    // SAFETY: an error is being handled.
+    unsafe { mask::scrubbed_error() }
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn after_utility(d: *const Decided, qc: *mut pg_sys::QueryCompletion) {
+    // SAFETY: the trampoline's; `qc` is null or valid.
+    unsafe {
+        let counted = !qc.is_null() && pg_sys::command_tag_display_rowcount((*qc).commandTag);
+        let rows = if counted { (*qc).nprocessed as i64 } else { -1 };
+        record::end((*d).begun, Outcome::Succeeded, None, rows, "");
+        if rules::discards_all((*(*d).stmt).utilityStmt) {
+            // A pooler hands the connection on: not with the identity of the one before.
+            identity::clear();
+        }
+        if (*d).ours {
+            databases::extension_changed();
+        }
+    }
+}
+
+// ----------------------------------------------------------------------------------- transactions
+
+fn register_callbacks() {
+    if CALLBACKS.get() {
+        return;
+    }
+    CALLBACKS.set(true);
+    // SAFETY: the callback has the right signature and needs no argument.
+    unsafe { pg_sys::RegisterXactCallback(Some(on_transaction), std::ptr::null_mut()) };
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn on_transaction(event: pg_sys::XactEvent::Type, _arg: *mut c_void) {
+    use pg_sys::XactEvent as E;
+    match event {
+        E::XACT_EVENT_COMMIT => databases::transaction_ended(true),
+        E::XACT_EVENT_ABORT => {
+            databases::transaction_ended(false);
+            // SAFETY: reads variables of this process; see `failing_statement`.
+            if let Some(sql) = unsafe { failing_statement() } {
+                record::on_abort(chain::caught_sqlstate(), sql);
+            }
+        }
+        _ => {}
+    }
+}
+
+/// The text of the client's statement that has just failed. PostgreSQL forgets its query string
+/// before it aborts the transaction of a failed one, and only then: a ROLLBACK still has it.
+unsafe fn failing_statement<'a>() -> Option<&'a [u8]> {
+    // SAFETY: reads variables of this process; the activity string is NUL-terminated.
+    unsafe {
+        let failing = pg_sys::MyBackendType == pg_sys::BackendType::B_BACKEND
+            && pg_sys::debug_query_string.is_null()
+            && !pg_sys::proc_exit_inprogress
+            && !passes();
+        if !failing || pg_sys::MyBEEntry.is_null() {
+            return None;
+        }
+        Some(statement_text((*pg_sys::MyBEEntry).st_activity_raw, 0, 0))
+    }
+}

@@ -1,0 +1,379 @@
+//! Recording: intents and outcomes of statements, and what happens when they cannot be recorded.
+//!
+//! Owns the statements of this backend that have begun and not ended, and which ledger they belong
+//! to. Never raises an ERROR of its own but the one of `warden.on_journal_full = error`.
+
+use crate::error::{Refusal, RefusalCode};
+use crate::pg::local::Local;
+use crate::pg::raise::unpack_sqlstate;
+use crate::pg::shared::shared;
+use crate::pg::{journal, policy, session, worker};
+use crate::settings::{self, OnJournalFull};
+use pgrx::pg_sys;
+use std::ffi::c_int;
+use std::sync::atomic::Ordering;
+use warden_core::event::{Outcome as Ended, flags};
+use warden_core::frame::{self, FrameKind, Intent};
+
+/// An execution that has begun.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Begun {
+    /// Journal position of its intent; 0 if it is not recorded.
+    pub intent: u64,
+    dest: u32,
+    at: i64,
+}
+
+impl Begun {
+    /// An execution that is not recorded.
+    pub const UNRECORDED: Self = Self {
+        intent: 0,
+        dest: 0,
+        at: 0,
+    };
+}
+
+struct Executor {
+    query: *mut pg_sys::QueryDesc,
+    begun: Begun,
+    rows: i64,
+}
+
+struct State {
+    generation: Option<u32>,
+    dest: u32,
+    executing: Vec<Executor>,
+    running: Vec<u64>,
+    exit_registered: bool,
+    /// A failure of the current statement has been recorded.
+    failure_recorded: bool,
+}
+
+static STATE: Local<State> = Local::new(State {
+    generation: None,
+    dest: 0,
+    executing: Vec::new(),
+    running: Vec::new(),
+    exit_registered: false,
+    failure_recorded: false,
+});
+
+unsafe extern "C" {
+    fn GetCurrentTimestamp() -> i64;
+}
+
+pub fn now() -> i64 {
+    // SAFETY: reads the clock.
+    unsafe { GetCurrentTimestamp() }
+}
+
+/// The database whose ledger this backend's statements belong to; 0 if they are not recorded.
+pub fn destination() -> u32 {
+    let sh = shared();
+    let generation = sh.generation.load(Ordering::Acquire);
+    let (known, dest) = STATE.with(|s| (s.generation, s.dest));
+    if known == Some(generation) {
+        return dest;
+    }
+    // SAFETY: plain getters.
+    let (database, usable) = unsafe {
+        (
+            pg_sys::MyDatabaseId,
+            pg_sys::IsTransactionState() && !pg_sys::RecoveryInProgress(),
+        )
+    };
+    if !usable {
+        return dest;
+    }
+    let mut governed = sh.slot(database).is_some();
+    if !governed && policy::installed() && !is_template(database) {
+        // A database that was copied, or restored, with its ledger.
+        governed = sh.govern(database);
+        if governed {
+            wake_launcher();
+        }
+    }
+    let home = sh.home.load(Ordering::Acquire);
+    let dest = if governed { database.to_u32() } else { home };
+    let generation = sh.generation.load(Ordering::Acquire);
+    STATE.with(|s| {
+        s.generation = Some(generation);
+        s.dest = dest;
+    });
+    dest
+}
+
+/// Workers keep out of templates: CREATE DATABASE needs them unused.
+fn is_template(database: pg_sys::Oid) -> bool {
+    // SAFETY: in a transaction; the tuple is released before it is forgotten.
+    unsafe {
+        let key = pg_sys::Datum::from(database);
+        let tuple = pg_sys::SearchSysCache1(pg_sys::SysCacheIdentifier::DATABASEOID as c_int, key);
+        if tuple.is_null() {
+            return true;
+        }
+        let form = pg_sys::GETSTRUCT(tuple).cast::<pg_sys::FormData_pg_database>();
+        let template = (*form).datistemplate;
+        pg_sys::ReleaseSysCache(tuple);
+        template
+    }
+}
+
+/// Tells the launcher that the governed databases have changed.
+pub fn wake_launcher() {
+    let pid = shared().launcher.load(Ordering::Acquire);
+    if pid > 0 {
+        // SAFETY: SIGUSR1 only sets the latch of a process of PostgreSQL.
+        unsafe { libc::kill(pid, libc::SIGUSR1) };
+    }
+}
+
+/// Records that a statement is about to run. `shape` gives the key of its shape for a ledger.
+pub fn begin(
+    utility: bool,
+    masked: bool,
+    shape: impl Fn(u32) -> Option<u64>,
+) -> Result<Begun, Refusal> {
+    let dest = destination();
+    if dest == 0 {
+        return Ok(Begun::UNRECORDED);
+    }
+    register_exit();
+    let parent = STATE.with(|s| s.running.last().copied().unwrap_or(0));
+    let mut bits = 0;
+    for (bit, set) in [
+        (flags::NESTED, parent != 0),
+        (flags::UTILITY, utility),
+        (flags::MASKED, masked),
+        // SAFETY: reads a variable of this process.
+        (flags::BACKGROUND, unsafe {
+            pg_sys::MyBackendType == pg_sys::BackendType::B_BG_WORKER
+        }),
+    ] {
+        if set {
+            bits |= bit;
+        }
+    }
+    let at = now();
+    loop {
+        if let Some(intent) = append_intent(dest, at, parent, bits, &shape) {
+            return Ok(Begun { intent, dest, at });
+        }
+        match settings::on_journal_full() {
+            OnJournalFull::gap => {
+                count_unrecorded(dest);
+                return Ok(Begun::UNRECORDED);
+            }
+            OnJournalFull::error => {
+                return Err(Refusal {
+                    code: RefusalCode::Recording,
+                    message: "statement cannot be recorded".into(),
+                    detail: "The journal is full, or its directory cannot be used.".into(),
+                    hint: "See the server's log for the recorder's errors; \
+                           warden.on_journal_full decides whether statements wait, fail or run."
+                        .into(),
+                    rule: String::new(),
+                });
+            }
+            // Ends by room, by cancel, by shutdown, or by another setting.
+            OnJournalFull::block => worker::wait_in_backend(10),
+        }
+    }
+}
+
+fn append_intent(
+    dest: u32,
+    at: i64,
+    parent: u64,
+    bits: u32,
+    shape: impl Fn(u32) -> Option<u64>,
+) -> Option<u64> {
+    report_gap(dest);
+    let session = session::key(dest)?;
+    let shape = shape(dest)?;
+    let intent = Intent {
+        at,
+        backend: session::backend(),
+        session,
+        shape,
+        parent,
+        flags: bits,
+    };
+    journal::append(FrameKind::Intent, dest, &intent.encode(), false).ok()
+}
+
+fn count_unrecorded(dest: u32) {
+    if let Some(slot) = shared().slot(pg_sys::Oid::from(dest)) {
+        slot.unrecorded.fetch_add(1, Ordering::AcqRel);
+    }
+}
+
+fn report_gap(dest: u32) {
+    let Some(slot) = shared().slot(pg_sys::Oid::from(dest)) else {
+        return;
+    };
+    if slot.unrecorded.load(Ordering::Relaxed) == 0 {
+        return;
+    }
+    let lost = slot.unrecorded.swap(0, Ordering::AcqRel);
+    if lost > 0 && journal::append(FrameKind::Gap, dest, &lost.to_le_bytes(), true).is_err() {
+        slot.unrecorded.fetch_add(lost, Ordering::AcqRel);
+    }
+}
+
+/// Records how a statement ended.
+pub fn end(begun: Begun, outcome: Ended, sqlstate: Option<c_int>, rows: i64, rule: &str) {
+    if outcome != Ended::Succeeded {
+        STATE.with(|s| s.failure_recorded = true);
+    }
+    if begun.intent == 0 {
+        return;
+    }
+    let outcome = frame::Outcome {
+        intent: begun.intent,
+        rows,
+        duration_us: now().saturating_sub(begun.at).max(0),
+        outcome: outcome as u8,
+        flags: 0,
+        sqlstate: sqlstate.map_or([0; 5], unpack_sqlstate),
+        rule: rule.to_owned(),
+    };
+    if journal::append(FrameKind::Outcome, begun.dest, &outcome.encode(), true).is_err() {
+        // Even the reserve is gone. The recorder will call it interrupted.
+        count_unrecorded(begun.dest);
+    }
+}
+
+/// Records a statement that was refused.
+pub fn blocked(begun: Begun, refusal: &Refusal) {
+    let sqlstate = crate::pg::raise::pack_sqlstate(refusal.code.sqlstate());
+    end(begun, Ended::Blocked, Some(sqlstate), -1, &refusal.rule);
+}
+
+/// Remembers an executor's query until it ends.
+pub fn attach(query: *mut pg_sys::QueryDesc, begun: Begun) {
+    STATE.with(|s| {
+        s.executing.push(Executor {
+            query,
+            begun,
+            rows: 0,
+        })
+    });
+}
+
+/// The intent of an executor's query; 0 if it is not recorded.
+#[inline]
+pub fn intent_of(query: *mut pg_sys::QueryDesc) -> u64 {
+    STATE.with(|s| {
+        s.executing
+            .iter()
+            .rev()
+            .find(|e| e.query == query)
+            .map_or(0, |e| e.begun.intent)
+    })
+}
+
+/// Adds to the rows of an executor's query.
+pub fn add_rows(query: *mut pg_sys::QueryDesc, rows: u64) {
+    STATE.with(|s| {
+        if let Some(e) = s.executing.iter_mut().rev().find(|e| e.query == query) {
+            e.rows = e.rows.saturating_add(rows as i64);
+        }
+    });
+}
+
+/// An executor's query has ended; `sqlstate` if by an error. Does nothing when called again.
+pub fn detach(query: *mut pg_sys::QueryDesc, outcome: Ended, sqlstate: Option<c_int>) {
+    let found = STATE.with(|s| {
+        let i = s.executing.iter().rposition(|e| e.query == query)?;
+        Some(s.executing.remove(i))
+    });
+    if let Some(e) = found {
+        let rows = if outcome == Ended::Succeeded {
+            e.rows
+        } else {
+            e.rows.max(0)
+        };
+        end(e.begun, outcome, sqlstate, rows, "");
+    }
+}
+
+/// A statement starts to run inside those that run already. Returns what [`leave`] wants.
+#[inline]
+pub fn enter(intent: u64) -> usize {
+    STATE.with(|s| {
+        let depth = s.running.len();
+        if intent != 0 {
+            s.running.push(intent);
+        }
+        depth
+    })
+}
+
+/// Back to where [`enter`] was called, by whichever way.
+#[inline]
+pub fn leave(depth: usize) {
+    STATE.with(|s| {
+        s.running.truncate(depth);
+        if depth == 0 {
+            s.failure_recorded = false;
+        }
+    });
+}
+
+/// As [`leave`], after an error: what failed stays known until the transaction has ended.
+#[inline]
+pub fn leave_failed(depth: usize) {
+    STATE.with(|s| s.running.truncate(depth));
+}
+
+/// Whether a statement runs inside another one.
+#[inline]
+pub fn nested() -> bool {
+    STATE.with(|s| !s.running.is_empty())
+}
+
+fn register_exit() {
+    if STATE.with(|s| std::mem::replace(&mut s.exit_registered, true)) {
+        return;
+    }
+    // SAFETY: the callbacks have the right signatures and need no argument.
+    unsafe {
+        pg_sys::before_shmem_exit(Some(on_exit), pg_sys::Datum::from(0));
+    }
+}
+
+/// The backend ends, normally or by FATAL: what has begun is interrupted.
+#[pgrx::pg_guard]
+unsafe extern "C-unwind" fn on_exit(_code: c_int, _arg: pg_sys::Datum) {
+    let dest = STATE.with(|s| s.dest);
+    if dest != 0 {
+        let id = session::backend().to_le_bytes();
+        let _ = journal::append(FrameKind::SessionEnd, dest, &id, true);
+    }
+}
+
+/// A transaction aborts. If nothing that failed has been recorded, the statement did not get as far
+/// as a hook: it could not be parsed, analysed or planned.
+pub fn on_abort(sqlstate: c_int, sql: &[u8]) {
+    let (recorded, dest) =
+        STATE.with(|s| (std::mem::replace(&mut s.failure_recorded, false), s.dest));
+    STATE.with(|s| s.running.clear());
+    if recorded || dest == 0 {
+        return;
+    }
+    register_exit();
+    let at = now();
+    let shape = |d| crate::pg::shape::utility(d, "UNKNOWN", sql, &[]);
+    match append_intent(dest, at, 0, 0, shape) {
+        Some(intent) => end(
+            Begun { intent, dest, at },
+            Ended::Failed,
+            Some(sqlstate),
+            -1,
+            "",
+        ),
+        None => count_unrecorded(dest),
+    }
+    STATE.with(|s| s.failure_recorded = false);
+}

@@ -1,0 +1,585 @@
+//! Guardrails in the statement path: finds out what a statement is about to do, and asks
+//! `warden_core::guardrail`.
+//!
+//! Owns the backend's copy of `warden.rule`, read again after an invalidation, and the protection of
+//! the ledger, which no rule can switch off.
+
+use crate::error::{Refusal, RefusalCode};
+use crate::pg::compat::{self, pointers};
+use crate::pg::local::Local;
+use crate::pg::session::text;
+use crate::pg::shape::Target;
+use crate::pg::{identity, policy, scan};
+use pgrx::pg_sys::{self, NodeTag as T};
+use std::ffi::{CStr, c_int};
+use std::rc::Rc;
+use warden_core::event::AccessKind;
+use warden_core::guardrail::{Facts, Rule, Rules, Subject, label};
+
+/// The tables that nobody but the recorder writes.
+const LEDGER: [&str; 5] = [
+    "session",
+    "statement",
+    "journal_position",
+    "journal_pending",
+    "sink_cursor",
+];
+
+static CACHE: Local<Option<(u64, Rc<Rules>)>> = Local::new(None);
+
+unsafe extern "C" {
+    fn GetUserId() -> pg_sys::Oid;
+}
+
+/// The rules of this database; none if it does not have the extension.
+fn rules() -> Rc<Rules> {
+    let generation = policy::generation();
+    if let Some(rules) = CACHE.with(|c| {
+        c.as_ref()
+            .filter(|(g, _)| *g == generation)
+            .map(|(_, r)| Rc::clone(r))
+    }) {
+        return rules;
+    }
+    let mut found = Vec::new();
+    if let Some(table) = scan::warden_table("rule") {
+        scan::scan_table(table, |row| {
+            if !row.bool("enabled").unwrap_or(false) {
+                return;
+            }
+            found.push(Rule {
+                name: row.text("name").unwrap_or_default(),
+                commands: row.texts("commands").unwrap_or_default(),
+                relations: row.oids("relations").unwrap_or_default(),
+                applies_to: row.oids("applies_to").unwrap_or_default(),
+                exempt: row.oids("exempt").unwrap_or_default(),
+                agents_only: row.bool("agents_only").unwrap_or(false),
+                hint: row.text("hint").unwrap_or_default(),
+            });
+        });
+    }
+    found.sort_by(|a, b| a.name.cmp(&b.name));
+    let rules = Rc::new(Rules::new(found));
+    CACHE.with(|c| *c = Some((generation, Rc::clone(&rules))));
+    rules
+}
+
+struct CurrentUser;
+
+impl Subject for CurrentUser {
+    fn is_member_of(&self, role: u32) -> bool {
+        // SAFETY: catalog look-ups in a transaction.
+        unsafe { pg_sys::is_member_of_role_nosuper(GetUserId(), pg_sys::Oid::from(role)) }
+    }
+    fn is_agent(&self) -> bool {
+        identity::is_agent()
+    }
+}
+
+fn refusal(rule: &Rule, what: &str) -> Refusal {
+    Refusal {
+        code: RefusalCode::Blocked,
+        message: format!("{what} is blocked by guardrail \"{}\"", rule.name),
+        detail: String::new(),
+        hint: if rule.hint.is_empty() {
+            "Ask a member of warden_admin.".into()
+        } else {
+            rule.hint.clone()
+        },
+        rule: rule.name.clone(),
+    }
+}
+
+fn decide(rules: &Rules, facts: &Facts<'_>) -> Result<(), Refusal> {
+    // What an extension's own script does was decided with CREATE EXTENSION.
+    // SAFETY: reads a variable of this process.
+    if unsafe { pg_sys::creating_extension } {
+        return Ok(());
+    }
+    match rules.refusing(facts, &CurrentUser) {
+        Some(rule) => Err(refusal(
+            rule,
+            facts.labels.last().copied().unwrap_or("statement"),
+        )),
+        None => Ok(()),
+    }
+}
+
+/// Whether a planned statement may run. `everything` are the labels of [`label`] that the planner
+/// hook found.
+///
+/// # Safety
+/// `stmt` is a valid PlannedStmt, in a transaction.
+pub unsafe fn check_planned(
+    stmt: *mut pg_sys::PlannedStmt,
+    without_where: &[&'static str],
+) -> Result<(), Refusal> {
+    use pg_sys::CmdType as C;
+    // SAFETY: a valid statement.
+    let (command, modifies) = unsafe {
+        (
+            (*stmt).commandType,
+            (*stmt).commandType != C::CMD_SELECT || (*stmt).hasModifyingCTE,
+        )
+    };
+    let rules = rules();
+    let tag = match command {
+        C::CMD_SELECT => "SELECT",
+        C::CMD_INSERT => "INSERT",
+        C::CMD_UPDATE => "UPDATE",
+        C::CMD_DELETE => "DELETE",
+        C::CMD_MERGE => "MERGE",
+        _ => return Ok(()),
+    };
+    let mut labels: Vec<&str> = Vec::new();
+    if rules.mention(tag) {
+        labels.push(tag);
+    }
+    labels.extend(without_where.iter().filter(|l| rules.mention(l)));
+    if labels.is_empty() && !modifies {
+        return Ok(());
+    }
+    let writes = u64::from(pg_sys::ACL_INSERT | pg_sys::ACL_UPDATE | pg_sys::ACL_DELETE);
+    let mut relations = Vec::new();
+    // SAFETY: catalog look-ups in a transaction.
+    unsafe {
+        for p in compat::permissions(stmt) {
+            let writing = p.required & writes != 0;
+            if writing && in_ledger(p.relid) {
+                return Err(ledger_refusal(&text(pg_sys::get_rel_name(p.relid))));
+            }
+            if !labels.is_empty() && (writing || command == C::CMD_SELECT) && !is_temporary(p.relid)
+            {
+                relations.push(p.relid.to_u32());
+            }
+        }
+    }
+    if labels.is_empty() || relations.is_empty() && !without_where.is_empty() {
+        return Ok(());
+    }
+    decide(&rules, &Facts { labels, relations })
+}
+
+fn ledger_refusal(name: &str) -> Refusal {
+    Refusal {
+        code: RefusalCode::Blocked,
+        message: format!("warden.{name} belongs to the ledger and cannot be changed"),
+        detail: "Only the recorder writes the ledger.".into(),
+        hint: String::new(),
+        rule: "ledger".into(),
+    }
+}
+
+unsafe fn in_ledger(relid: pg_sys::Oid) -> bool {
+    // SAFETY: catalog look-ups in a transaction.
+    unsafe {
+        let warden = policy::schema();
+        if warden == pg_sys::InvalidOid || pg_sys::get_rel_namespace(relid) != warden {
+            return false;
+        }
+        is_ledger_name(&text(pg_sys::get_rel_name(relid)))
+    }
+}
+
+fn is_ledger_name(name: &str) -> bool {
+    name.starts_with("event") || LEDGER.contains(&name)
+}
+
+unsafe fn is_temporary(relid: pg_sys::Oid) -> bool {
+    // SAFETY: catalog look-up in a transaction.
+    unsafe { pg_sys::get_rel_persistence(relid) as u8 == pg_sys::RELPERSISTENCE_TEMP }
+}
+
+/// What a utility command is about to do.
+#[derive(Debug, Default)]
+pub struct Utility {
+    /// Its command tag.
+    pub command: String,
+    /// The relations that it names.
+    pub targets: Vec<Target>,
+    labels: Vec<&'static str>,
+    changes: bool,
+    is_copy: bool,
+}
+
+/// Finds out what a utility command is about to do. Without a transaction, names are not resolved.
+///
+/// # Safety
+/// `node` is a valid utility statement.
+pub unsafe fn examine(node: *mut pg_sys::Node) -> Utility {
+    // SAFETY: each node is read as what its tag says it is.
+    unsafe {
+        let tag = pg_sys::GetCommandTagName(pg_sys::CreateCommandTag(node));
+        let mut u = Utility {
+            command: text(tag),
+            ..Utility::default()
+        };
+        if !pg_sys::IsTransactionState() {
+            return u;
+        }
+        u.changes = true;
+        match (*node).type_ {
+            T::T_DropStmt => {
+                let s = node.cast::<pg_sys::DropStmt>();
+                dropped(s, &mut u.targets);
+            }
+            T::T_TruncateStmt => {
+                let s = node.cast::<pg_sys::TruncateStmt>();
+                for r in pointers::<pg_sys::RangeVar>((*s).relations) {
+                    u.targets.push(resolve(r, AccessKind::Truncate));
+                }
+            }
+            T::T_AlterTableStmt => {
+                let s = node.cast::<pg_sys::AlterTableStmt>();
+                u.targets.push(resolve((*s).relation, AccessKind::Ddl));
+                for c in pointers::<pg_sys::AlterTableCmd>((*s).cmds) {
+                    u.labels.extend(disabling((*c).subtype));
+                }
+            }
+            T::T_CopyStmt => {
+                let s = node.cast::<pg_sys::CopyStmt>();
+                u.changes = (*s).is_from;
+                u.is_copy = true;
+                if !(*s).relation.is_null() {
+                    let kind = if (*s).is_from {
+                        AccessKind::Insert
+                    } else {
+                        AccessKind::Select
+                    };
+                    let mut t = resolve((*s).relation, kind);
+                    t.columns = copied_columns(&t, (*s).attlist);
+                    u.targets.push(t);
+                }
+            }
+            T::T_VariableSetStmt => {
+                let s = node.cast::<pg_sys::VariableSetStmt>();
+                u.changes = false;
+                if text((*s).name).eq_ignore_ascii_case("session_replication_role") {
+                    u.labels.push(label::DISABLE_TRIGGER);
+                }
+            }
+            T::T_RenameStmt => {
+                let s = node.cast::<pg_sys::RenameStmt>();
+                u.targets.extend(relation_or_none((*s).relation));
+            }
+            T::T_AlterObjectSchemaStmt => {
+                let s = node.cast::<pg_sys::AlterObjectSchemaStmt>();
+                u.targets.extend(relation_or_none((*s).relation));
+            }
+            T::T_CreateTrigStmt => {
+                let s = node.cast::<pg_sys::CreateTrigStmt>();
+                u.targets.extend(relation_or_none((*s).relation));
+            }
+            T::T_RuleStmt => {
+                let s = node.cast::<pg_sys::RuleStmt>();
+                u.targets.extend(relation_or_none((*s).relation));
+            }
+            T::T_CreatePolicyStmt => {
+                let s = node.cast::<pg_sys::CreatePolicyStmt>();
+                u.targets.extend(relation_or_none((*s).table));
+            }
+            T::T_IndexStmt => {
+                let s = node.cast::<pg_sys::IndexStmt>();
+                u.targets.extend(relation_or_none((*s).relation));
+            }
+            T::T_CreateStmt => {
+                let s = node.cast::<pg_sys::CreateStmt>();
+                u.targets.push(named((*s).relation, AccessKind::Ddl));
+                for parent in pointers::<pg_sys::RangeVar>((*s).inhRelations) {
+                    u.targets.push(resolve(parent, AccessKind::Ddl));
+                }
+            }
+            T::T_GrantStmt => {
+                let s = node.cast::<pg_sys::GrantStmt>();
+                if (*s).targtype == pg_sys::GrantTargetType::ACL_TARGET_OBJECT
+                    && (*s).objtype == pg_sys::ObjectType::OBJECT_TABLE
+                {
+                    for r in pointers::<pg_sys::RangeVar>((*s).objects) {
+                        u.targets.push(resolve(r, AccessKind::Ddl));
+                    }
+                }
+            }
+            T::T_AlterExtensionContentsStmt => {
+                let s = node.cast::<pg_sys::AlterExtensionContentsStmt>();
+                if text((*s).extname) == "pg_warden" {
+                    u.labels.push("ALTER EXTENSION pg_warden");
+                }
+            }
+            _ => u.changes = false,
+        }
+        u
+    }
+}
+
+fn disabling(subtype: pg_sys::AlterTableType::Type) -> Option<&'static str> {
+    use pg_sys::AlterTableType as A;
+    match subtype {
+        A::AT_DisableTrig | A::AT_DisableTrigAll | A::AT_DisableTrigUser | A::AT_DisableRule => {
+            Some(label::DISABLE_TRIGGER)
+        }
+        A::AT_DisableRowSecurity | A::AT_NoForceRowSecurity => Some(label::DISABLE_RLS),
+        _ => None,
+    }
+}
+
+unsafe fn relation_or_none(r: *mut pg_sys::RangeVar) -> Option<Target> {
+    // SAFETY: a valid RangeVar, if there is one.
+    (!r.is_null()).then(|| unsafe { resolve(r, AccessKind::Ddl) })
+}
+
+unsafe fn named(r: *mut pg_sys::RangeVar, kind: AccessKind) -> Target {
+    // SAFETY: a valid RangeVar.
+    unsafe {
+        Target {
+            kind,
+            oid: 0,
+            schema: text((*r).schemaname),
+            relation: text((*r).relname),
+            columns: Vec::new(),
+        }
+    }
+}
+
+/// Looks a name up as the command will, without a lock: what is found is recorded and checked, and
+/// never used to act.
+unsafe fn resolve(r: *mut pg_sys::RangeVar, kind: AccessKind) -> Target {
+    // SAFETY: a valid RangeVar, in a transaction. RVR_MISSING_OK: no error for what is not there.
+    unsafe {
+        let mut t = named(r, kind);
+        if !(*r).catalogname.is_null() {
+            return t;
+        }
+        let oid = pg_sys::RangeVarGetRelidExtended(
+            r,
+            pg_sys::NoLock as c_int,
+            pg_sys::RVROption::RVR_MISSING_OK,
+            None,
+            std::ptr::null_mut(),
+        );
+        if oid != pg_sys::InvalidOid {
+            t.oid = oid.to_u32();
+            t.schema = text(pg_sys::get_namespace_name(pg_sys::get_rel_namespace(oid)));
+        }
+        t
+    }
+}
+
+unsafe fn dropped(s: *mut pg_sys::DropStmt, targets: &mut Vec<Target>) {
+    use pg_sys::ObjectType as O;
+    // SAFETY: for these kinds of objects, each element is a list of name parts.
+    unsafe {
+        let on_table = matches!(
+            (*s).removeType,
+            O::OBJECT_TRIGGER | O::OBJECT_RULE | O::OBJECT_POLICY
+        );
+        let relation = matches!(
+            (*s).removeType,
+            O::OBJECT_TABLE
+                | O::OBJECT_VIEW
+                | O::OBJECT_MATVIEW
+                | O::OBJECT_FOREIGN_TABLE
+                | O::OBJECT_INDEX
+                | O::OBJECT_SEQUENCE
+        );
+        if !on_table && !relation {
+            return;
+        }
+        for name in pointers::<pg_sys::List>((*s).objects) {
+            let parts = pg_sys::list_copy(name);
+            let parts = if on_table {
+                // The last part names the trigger, rule or policy.
+                pg_sys::list_truncate(parts, (*parts).length - 1)
+            } else {
+                parts
+            };
+            if parts.is_null() || (*parts).length == 0 {
+                continue;
+            }
+            targets.push(resolve(
+                pg_sys::makeRangeVarFromNameList(parts),
+                AccessKind::Ddl,
+            ));
+        }
+    }
+}
+
+unsafe fn copied_columns(t: &Target, attlist: *mut pg_sys::List) -> Vec<String> {
+    // SAFETY: a list of String nodes; catalog look-ups in a transaction.
+    unsafe {
+        if !attlist.is_null() {
+            return pointers::<pg_sys::Node>(attlist)
+                .map(|n| string_value(n))
+                .collect();
+        }
+        let oid = pg_sys::Oid::from(t.oid);
+        if oid == pg_sys::InvalidOid {
+            return Vec::new();
+        }
+        (1..=compat::natts(oid))
+            .map(|n| text(pg_sys::get_attname(oid, n, true)))
+            .filter(|n| !n.is_empty() && !n.starts_with("........pg.dropped."))
+            .collect()
+    }
+}
+
+unsafe fn string_value(node: *mut pg_sys::Node) -> String {
+    // SAFETY: a String node.
+    unsafe { text((*node.cast::<pg_sys::String>()).sval) }
+}
+
+/// Whether a utility command may run.
+pub fn check_utility(u: &Utility) -> Result<(), Refusal> {
+    if u.changes {
+        let schema = policy::schema();
+        if schema != pg_sys::InvalidOid {
+            // SAFETY: catalog look-ups; `changes` is only set in a transaction.
+            let hit = unsafe {
+                u.targets.iter().find(|t| {
+                    t.oid != 0
+                        && t.kind != AccessKind::Select
+                        && in_ledger(pg_sys::Oid::from(t.oid))
+                })
+            };
+            // SAFETY: reads a variable of this process.
+            if let Some(t) = hit.filter(|_| !unsafe { pg_sys::creating_extension }) {
+                return Err(ledger_refusal(&t.relation));
+            }
+            if u.labels.contains(&"ALTER EXTENSION pg_warden") {
+                return Err(ledger_refusal("*"));
+            }
+        }
+    }
+    // SAFETY: reads the transaction's state.
+    if !unsafe { pg_sys::IsTransactionState() } {
+        return Ok(());
+    }
+    let rules = rules();
+    let mut labels: Vec<&str> = Vec::new();
+    if rules.mention(&u.command) {
+        labels.push(&u.command);
+    }
+    labels.extend(u.labels.iter().copied().filter(|l| rules.mention(l)));
+    if u.is_copy {
+        labels.extend(
+            ["COPY FROM", "COPY TO"]
+                .into_iter()
+                .filter(|l| rules.mention(l) && (*l == "COPY FROM") == u.changes),
+        );
+    }
+    if labels.is_empty() {
+        return Ok(());
+    }
+    // SAFETY: catalog look-ups in a transaction.
+    let relations: Vec<u32> = unsafe {
+        u.targets
+            .iter()
+            .filter(|t| t.oid != 0 && !is_temporary(pg_sys::Oid::from(t.oid)))
+            .map(|t| t.oid)
+            .collect()
+    };
+    // Temporary tables, and tables that do not exist, are nobody's loss.
+    if relations.is_empty() && matches!(u.command.as_str(), "DROP TABLE" | "TRUNCATE TABLE") {
+        return Ok(());
+    }
+    decide(&rules, &Facts { labels, relations })
+}
+
+/// The labels of [`label`] that a query carries, found before it is planned.
+///
+/// # Safety
+/// `query` is a valid Query.
+pub unsafe fn without_where(query: *mut pg_sys::Query) -> Vec<&'static str> {
+    use pg_sys::CmdType as C;
+    let mut found = Vec::new();
+    // SAFETY: a valid query; the qualification is copied before it is simplified.
+    unsafe {
+        for cte in pointers::<pg_sys::CommonTableExpr>((*query).cteList) {
+            let inner = (*cte).ctequery;
+            if !inner.is_null() && (*inner).type_ == T::T_Query {
+                found.extend(without_where(inner.cast()));
+            }
+        }
+        let name = match (*query).commandType {
+            C::CMD_UPDATE => label::UPDATE_WITHOUT_WHERE,
+            C::CMD_DELETE => label::DELETE_WITHOUT_WHERE,
+            _ => return found,
+        };
+        let tree = (*query).jointree;
+        if tree.is_null() || always_true((*tree).quals) {
+            found.push(name);
+        }
+    }
+    found
+}
+
+/// Whether a condition is missing, or a constant that is true, as `WHERE 1 = 1` is.
+unsafe fn always_true(quals: *mut pg_sys::Node) -> bool {
+    if quals.is_null() {
+        return true;
+    }
+    // SAFETY: a valid expression; only constants are folded, on a copy.
+    unsafe {
+        if pg_sys::contain_var_clause(quals)
+            || pg_sys::contain_subplans(quals)
+            || pg_sys::contain_volatile_functions(quals)
+        {
+            return false;
+        }
+        let copy = pg_sys::copyObjectImpl(quals.cast()).cast::<pg_sys::Node>();
+        let folded = pg_sys::eval_const_expressions(std::ptr::null_mut(), copy);
+        if folded.is_null() || (*folded).type_ != T::T_Const {
+            return false;
+        }
+        let c = folded.cast::<pg_sys::Const>();
+        !(*c).constisnull && (*c).constvalue.value() != 0
+    }
+}
+
+/// Whether a plain string names this extension.
+pub fn is_our_extension(name: *const std::ffi::c_char) -> bool {
+    // SAFETY: null or NUL-terminated, from a parse tree.
+    !name.is_null() && unsafe { CStr::from_ptr(name) } == c"pg_warden"
+}
+
+/// Whether a command creates, drops or changes this extension.
+///
+/// # Safety
+/// `node` is a valid utility statement.
+pub unsafe fn is_about_us(node: *mut pg_sys::Node) -> bool {
+    // SAFETY: each node is read as what its tag says it is.
+    unsafe {
+        match (*node).type_ {
+            T::T_CreateExtensionStmt => {
+                is_our_extension((*node.cast::<pg_sys::CreateExtensionStmt>()).extname)
+            }
+            T::T_DropStmt => {
+                let s = node.cast::<pg_sys::DropStmt>();
+                (*s).removeType == pg_sys::ObjectType::OBJECT_EXTENSION
+                    && pointers::<pg_sys::Node>((*s).objects)
+                        .any(|n| string_value(n) == "pg_warden")
+            }
+            _ => false,
+        }
+    }
+}
+
+/// Whether a command ends a transaction or its error: such a command must always get through.
+///
+/// # Safety
+/// `node` is a valid utility statement.
+pub unsafe fn ends_transaction(node: *mut pg_sys::Node) -> bool {
+    // SAFETY: a valid node.
+    unsafe { (*node).type_ == T::T_TransactionStmt }
+}
+
+/// Whether a command is DISCARD ALL.
+///
+/// # Safety
+/// `node` is a valid utility statement.
+pub unsafe fn discards_all(node: *mut pg_sys::Node) -> bool {
+    // SAFETY: read as what its tag says it is.
+    unsafe {
+        (*node).type_ == T::T_DiscardStmt
+            && (*node.cast::<pg_sys::DiscardStmt>()).target == pg_sys::DiscardMode::DISCARD_ALL
+    }
+}

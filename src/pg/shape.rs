@@ -1,0 +1,291 @@
+//! The shape of a statement: what is the same for all its executions.
+//!
+//! Owns the shapes that this backend has recorded. A shape is found by a keyed hash of the normalised
+//! text, the command and what is touched, so that a statement which is known costs one hash; names
+//! are looked up only for a new one.
+
+use crate::pg::compat::{self, Permission};
+use crate::pg::local::Local;
+use crate::pg::session::text;
+use crate::pg::shared::shared;
+use crate::pg::{journal, mask};
+use pgrx::pg_sys;
+use siphasher::sip::SipHasher13;
+use std::collections::HashSet;
+use std::hash::Hasher;
+use warden_core::event::{Access, AccessKind, MaskedColumn, ShapeFacts};
+use warden_core::frame::FrameKind;
+use warden_core::text::{normalise, shape_hash};
+
+/// Bytes of normalised text that are kept; of a longer one, its length and digest are too.
+const TEXT_LIMIT: usize = 64 * 1024;
+/// Shapes that a backend remembers; past that it starts anew, and records them again.
+const REMEMBERED: usize = 8192;
+
+static SENT: Local<Option<HashSet<(u32, u64)>>> = Local::new(None);
+
+/// A relation that a utility command names.
+#[derive(Debug, Clone)]
+pub struct Target {
+    pub kind: AccessKind,
+    /// 0 if it does not exist.
+    pub oid: u32,
+    pub schema: String,
+    pub relation: String,
+    pub columns: Vec<String>,
+}
+
+/// The statement's own part of a query string.
+///
+/// # Safety
+/// `source` is null or NUL-terminated, and outlives the slice.
+pub unsafe fn statement_text<'a>(
+    source: *const std::ffi::c_char,
+    location: i32,
+    length: i32,
+) -> &'a [u8] {
+    if source.is_null() {
+        return &[];
+    }
+    // SAFETY: see above.
+    let all = unsafe { std::ffi::CStr::from_ptr(source) }.to_bytes();
+    let start = usize::try_from(location).unwrap_or(0).min(all.len());
+    let rest = &all[start..];
+    match usize::try_from(length) {
+        Ok(n) if n > 0 => &rest[..n.min(rest.len())],
+        _ => rest,
+    }
+}
+
+fn hasher() -> SipHasher13 {
+    let (k0, k1) = shared().hash_key();
+    SipHasher13::new_with_keys(k0, k1)
+}
+
+fn text_hash(sql: &[u8]) -> u64 {
+    // SAFETY: reads a setting.
+    shape_hash(
+        sql,
+        unsafe { pg_sys::standard_conforming_strings },
+        shared().hash_key(),
+    )
+}
+
+/// The key of a planned statement's shape; `None` if the journal is full.
+///
+/// # Safety
+/// `stmt` is a valid PlannedStmt, in a transaction.
+pub unsafe fn planned(dest: u32, stmt: *mut pg_sys::PlannedStmt, sql: &[u8]) -> Option<u64> {
+    let mut h = hasher();
+    h.write_u64(text_hash(sql));
+    // SAFETY: a valid statement; sets are only read.
+    unsafe {
+        h.write_u32((*stmt).commandType);
+        for p in compat::permissions(stmt) {
+            h.write_u32(p.relid.to_u32());
+            h.write_u64(p.required);
+            for set in [p.selected, p.inserted, p.updated] {
+                for word in compat::words(set) {
+                    h.write_u64(*word);
+                }
+                h.write_u8(0xff);
+            }
+        }
+        for m in mask::annotations(stmt) {
+            h.write_u32(m.relation.to_u32());
+            h.write_i16(m.attribute);
+            h.write_u32(m.function.to_u32());
+        }
+    }
+    let key = (h.finish() >> 1) | 1;
+    // SAFETY: as above.
+    send(dest, key, || unsafe {
+        let mut accesses: Vec<Access> = Vec::new();
+        for p in compat::permissions(stmt) {
+            add_accesses(&p, &mut accesses);
+        }
+        let masked = mask::annotations(stmt)
+            .into_iter()
+            .map(|m| MaskedColumn {
+                relation: qualified(m.relation),
+                column: text(pg_sys::get_attname(m.relation, m.attribute, true)),
+                function: function_name(m.function),
+            })
+            .collect();
+        facts(
+            command_name((*stmt).commandType).to_owned(),
+            sql,
+            accesses,
+            masked,
+        )
+    })
+}
+
+/// The key of a utility command's shape; `None` if the journal is full.
+pub fn utility(dest: u32, command: &str, sql: &[u8], targets: &[Target]) -> Option<u64> {
+    let mut h = hasher();
+    h.write_u64(text_hash(sql));
+    h.write(command.as_bytes());
+    for t in targets {
+        h.write_u32(t.oid);
+        h.write_u8(t.kind as u8);
+        h.write(t.relation.as_bytes());
+        for c in &t.columns {
+            h.write(c.as_bytes());
+        }
+    }
+    let key = (h.finish() >> 1) | 1;
+    send(dest, key, || {
+        let accesses = targets
+            .iter()
+            .map(|t| Access {
+                kind: t.kind,
+                oid: t.oid,
+                schema: t.schema.clone(),
+                relation: t.relation.clone(),
+                columns: t.columns.clone(),
+            })
+            .collect();
+        facts(command.to_owned(), sql, accesses, Vec::new())
+    })
+}
+
+fn facts(
+    command: String,
+    sql: &[u8],
+    accesses: Vec<Access>,
+    masked: Vec<MaskedColumn>,
+) -> ShapeFacts {
+    // SAFETY: reads a setting.
+    let n = normalise(
+        sql,
+        unsafe { pg_sys::standard_conforming_strings },
+        TEXT_LIMIT,
+    );
+    ShapeFacts {
+        command,
+        text: n.text,
+        full_length: n.full_length,
+        digest: n.digest,
+        fingerprint: String::new(),
+        accesses,
+        masked,
+    }
+}
+
+fn send(dest: u32, key: u64, facts: impl FnOnce() -> ShapeFacts) -> Option<u64> {
+    if SENT.with(|s| s.get_or_insert_default().contains(&(dest, key))) {
+        return Some(key);
+    }
+    let mut frame = key.to_le_bytes().to_vec();
+    frame.extend_from_slice(&facts().encode());
+    journal::append(FrameKind::Shape, dest, &frame, true).ok()?;
+    SENT.with(|s| {
+        let sent = s.get_or_insert_default();
+        if sent.len() >= REMEMBERED {
+            sent.clear();
+        }
+        sent.insert((dest, key));
+    });
+    Some(key)
+}
+
+/// The name of a planned command.
+pub fn command_name(command: pg_sys::CmdType::Type) -> &'static str {
+    use pg_sys::CmdType as C;
+    match command {
+        C::CMD_SELECT => "SELECT",
+        C::CMD_INSERT => "INSERT",
+        C::CMD_UPDATE => "UPDATE",
+        C::CMD_DELETE => "DELETE",
+        C::CMD_MERGE => "MERGE",
+        _ => "OTHER",
+    }
+}
+
+unsafe fn add_accesses(p: &Permission, accesses: &mut Vec<Access>) {
+    // SAFETY: catalog look-ups in a transaction; sets are only read.
+    unsafe {
+        let name = pg_sys::get_rel_name(p.relid);
+        if name.is_null() {
+            return;
+        }
+        let schema = text(pg_sys::get_namespace_name(pg_sys::get_rel_namespace(
+            p.relid,
+        )));
+        let relation = text(name);
+        let kinds = [
+            (pg_sys::ACL_SELECT, AccessKind::Select, p.selected),
+            (pg_sys::ACL_INSERT, AccessKind::Insert, p.inserted),
+            (pg_sys::ACL_UPDATE, AccessKind::Update, p.updated),
+            (pg_sys::ACL_DELETE, AccessKind::Delete, std::ptr::null()),
+        ];
+        for (bit, kind, columns) in kinds {
+            if p.required & u64::from(bit) == 0 {
+                continue;
+            }
+            // SELECT FOR UPDATE asks for UPDATE on no column; it reads.
+            if kind == AccessKind::Update && columns.is_null() {
+                continue;
+            }
+            let columns = column_names(p.relid, columns);
+            let oid = p.relid.to_u32();
+            match accesses.iter_mut().find(|a| a.oid == oid && a.kind == kind) {
+                Some(known) => {
+                    for c in columns {
+                        if !known.columns.contains(&c) {
+                            known.columns.push(c);
+                        }
+                    }
+                }
+                None => accesses.push(Access {
+                    kind,
+                    oid,
+                    schema: schema.clone(),
+                    relation: relation.clone(),
+                    columns,
+                }),
+            }
+        }
+    }
+}
+
+unsafe fn column_names(relid: pg_sys::Oid, set: *const pg_sys::Bitmapset) -> Vec<String> {
+    // SAFETY: catalog look-ups in a transaction.
+    unsafe {
+        let attributes = compat::attributes(set);
+        let whole_row = attributes.contains(&0);
+        let numbers: Vec<i32> = if whole_row {
+            (1..=i32::from(compat::natts(relid))).collect()
+        } else {
+            attributes
+        };
+        numbers
+            .into_iter()
+            .map(|n| text(pg_sys::get_attname(relid, n as i16, true)))
+            .filter(|name| !name.is_empty() && !name.starts_with("........pg.dropped."))
+            .collect()
+    }
+}
+
+/// `schema.relation`.
+///
+/// # Safety
+/// In a transaction.
+pub unsafe fn qualified(relid: pg_sys::Oid) -> String {
+    // SAFETY: catalog look-ups.
+    unsafe {
+        let schema = text(pg_sys::get_namespace_name(pg_sys::get_rel_namespace(relid)));
+        format!("{schema}.{}", text(pg_sys::get_rel_name(relid)))
+    }
+}
+
+unsafe fn function_name(function: pg_sys::Oid) -> String {
+    // SAFETY: catalog look-ups in a transaction.
+    unsafe {
+        let schema = text(pg_sys::get_namespace_name(pg_sys::get_func_namespace(
+            function,
+        )));
+        format!("{schema}.{}", text(pg_sys::get_func_name(function)))
+    }
+}

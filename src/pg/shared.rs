@@ -1,0 +1,173 @@
+//! What all processes of the cluster share: the journal's positions and the governed databases.
+//!
+//! Plain atomics, no lock: a writer that dies cannot leave one held. Sized by constants, so that
+//! nothing depends on a setting. Initialised by the postmaster, again after every crash.
+
+use pgrx::pg_sys;
+use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering};
+
+/// Databases that can have a ledger at the same time.
+pub const MAX_DATABASES: usize = 64;
+
+/// Shared state of one governed database.
+#[repr(C)]
+pub struct Slot {
+    /// OID, or 0 if the slot is free.
+    pub database: AtomicU32,
+    /// A [`SlotState`].
+    pub state: AtomicU32,
+    /// The recorder needs nothing of the journal before this position.
+    pub consumed: AtomicU64,
+    /// Statements that went on unrecorded and are not yet in a gap frame.
+    pub unrecorded: AtomicU64,
+    /// Process id of the recorder, or 0.
+    pub recorder: AtomicI32,
+    /// Process id of the shipper, or 0.
+    pub shipper: AtomicI32,
+    /// The backend that wants the workers out of the database, or 0.
+    pub paused_by: AtomicI32,
+}
+
+/// What is known about a governed database.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum SlotState {
+    /// It has, or had a moment ago, the extension.
+    Governed = 0,
+    /// A worker found that the extension, or the database, is gone.
+    Gone = 1,
+}
+
+/// The shared memory of pg_warden.
+#[repr(C)]
+pub struct Shared {
+    /// Where the next frame goes.
+    pub tail: AtomicU64,
+    /// Nothing before this position is needed by any recorder.
+    pub consumed: AtomicU64,
+    /// Frames before this position were written before the server started.
+    pub recovered: AtomicU64,
+    /// Lowest position whose segment still exists.
+    pub oldest: AtomicU64,
+    /// XORed with positions in frames; never leaves the server's files.
+    pub secret: [AtomicU64; 3],
+    /// Non-zero when the journal directory cannot be used.
+    pub broken: AtomicU32,
+    /// Changes with the set of governed databases.
+    pub generation: AtomicU32,
+    /// The governed home database, or 0.
+    pub home: AtomicU32,
+    /// Process id of the launcher, or 0.
+    pub launcher: AtomicI32,
+    /// The governed databases.
+    pub slots: [Slot; MAX_DATABASES],
+}
+
+static mut SHARED: *mut Shared = std::ptr::null_mut();
+
+/// Whether the library was loaded by shared_preload_libraries.
+pub fn available() -> bool {
+    // SAFETY: written once, by the postmaster, before any other process of ours exists.
+    unsafe { !SHARED.is_null() }
+}
+
+/// The shared state.
+///
+/// Call it only when [`available`]; hooks and workers exist only then.
+#[inline]
+pub fn shared() -> &'static Shared {
+    // SAFETY: see `available`; the memory lives as long as the process, and holds only atomics.
+    unsafe { &*SHARED }
+}
+
+/// Asks for the memory. Called by shmem_request_hook.
+pub fn request() {
+    // SAFETY: called from shmem_request_hook, as PostgreSQL demands.
+    unsafe { pg_sys::RequestAddinShmemSpace(size_of::<Shared>()) }
+}
+
+/// Attaches; true if the memory is new and must be filled. Called by shmem_startup_hook.
+pub fn attach() -> bool {
+    let mut found = false;
+    // SAFETY: called from shmem_startup_hook; all-zero bytes are a valid `Shared`.
+    unsafe {
+        let p = pg_sys::ShmemInitStruct(c"pg_warden".as_ptr(), size_of::<Shared>(), &mut found);
+        SHARED = p.cast();
+        if !found {
+            std::ptr::write_bytes(SHARED, 0, 1);
+        }
+    }
+    !found
+}
+
+impl Shared {
+    /// The slot of a governed database.
+    #[inline]
+    pub fn slot(&self, database: pg_sys::Oid) -> Option<&Slot> {
+        let database = database.to_u32();
+        self.slots
+            .iter()
+            .find(|s| s.database.load(Ordering::Acquire) == database)
+    }
+
+    /// Makes a database governed. `false` if there are too many.
+    pub fn govern(&self, database: pg_sys::Oid) -> bool {
+        if let Some(slot) = self.slot(database) {
+            slot.state
+                .store(SlotState::Governed as u32, Ordering::Release);
+            return true;
+        }
+        let oldest = self.oldest.load(Ordering::Acquire);
+        for slot in &self.slots {
+            if slot.database.load(Ordering::Acquire) != 0 {
+                continue;
+            }
+            // The position first: the slot must not count with a stale one when it appears.
+            slot.consumed.store(oldest, Ordering::Release);
+            slot.unrecorded.store(0, Ordering::Release);
+            let free = slot.database.compare_exchange(
+                0,
+                database.to_u32(),
+                Ordering::AcqRel,
+                Ordering::Acquire,
+            );
+            if free.is_ok() {
+                slot.state
+                    .store(SlotState::Governed as u32, Ordering::Release);
+                self.generation.fetch_add(1, Ordering::AcqRel);
+                return true;
+            }
+        }
+        false
+    }
+
+    /// Forgets a database.
+    pub fn release(&self, slot: &Slot) {
+        slot.state
+            .store(SlotState::Governed as u32, Ordering::Release);
+        slot.paused_by.store(0, Ordering::Release);
+        slot.database.store(0, Ordering::Release);
+        self.generation.fetch_add(1, Ordering::AcqRel);
+        self.recompute_consumed();
+    }
+
+    /// Sets [`Self::consumed`] to the lowest position that any recorder still needs.
+    pub fn recompute_consumed(&self) {
+        let lowest = self
+            .slots
+            .iter()
+            .filter(|s| s.database.load(Ordering::Acquire) != 0)
+            .map(|s| s.consumed.load(Ordering::Acquire))
+            .min()
+            .unwrap_or_else(|| self.tail.load(Ordering::Acquire));
+        self.consumed.fetch_max(lowest, Ordering::AcqRel);
+    }
+
+    /// Both halves of the key for hashes that a client must not be able to steer.
+    pub fn hash_key(&self) -> (u64, u64) {
+        (
+            self.secret[1].load(Ordering::Relaxed),
+            self.secret[2].load(Ordering::Relaxed),
+        )
+    }
+}

@@ -1,0 +1,49 @@
+//! What happens when the library is loaded: settings, hooks, shared memory, launcher.
+
+use crate::pg::{hooks, journal, launcher, mask, shared};
+use crate::settings;
+use pgrx::{pg_guard, pg_sys};
+
+static mut PREV_REQUEST: pg_sys::shmem_request_hook_type = None;
+static mut PREV_STARTUP: pg_sys::shmem_startup_hook_type = None;
+
+/// Loads everything if the server preloads us. Otherwise the SQL functions are all there is.
+pub fn init() {
+    // SAFETY: reads a variable of this process; then, the postmaster has one thread.
+    unsafe {
+        if !pg_sys::process_shared_preload_libraries_in_progress {
+            return;
+        }
+        settings::init();
+        pg_sys::MarkGUCPrefixReserved(c"warden".as_ptr());
+        PREV_REQUEST = (&raw mut pg_sys::shmem_request_hook).replace(Some(request));
+        PREV_STARTUP = (&raw mut pg_sys::shmem_startup_hook).replace(Some(startup));
+    }
+    hooks::install();
+    mask::install();
+    launcher::register();
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn request() {
+    // SAFETY: the previous hook.
+    unsafe {
+        if let Some(prev) = PREV_REQUEST {
+            prev();
+        }
+    }
+    shared::request();
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn startup() {
+    // SAFETY: the previous hook.
+    unsafe {
+        if let Some(prev) = PREV_STARTUP {
+            prev();
+        }
+    }
+    if shared::attach() {
+        journal::startup();
+    }
+}

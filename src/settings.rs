@@ -1,0 +1,112 @@
+//! Every setting, and why it exists.
+//!
+//! None of them can be changed by an ordinary role: what protects a server is not switched off from
+//! a session.
+
+use pgrx::{GucContext, GucFlags, GucRegistry, GucSetting, PostgresGucEnum};
+use std::ffi::CString;
+
+/// What happens to a statement that cannot be recorded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PostgresGucEnum)]
+#[allow(non_camel_case_types, reason = "the names are the setting's values")]
+pub enum OnJournalFull {
+    /// It waits until the recorder has made room.
+    block,
+    /// It fails with SQLSTATE WA005.
+    error,
+    /// It goes on; the number of statements lost is recorded as a gap.
+    gap,
+}
+
+/// Where the journal lives. Its own disk protects it from a data directory that is full.
+static JOURNAL_DIRECTORY: GucSetting<Option<CString>> =
+    GucSetting::<Option<CString>>::new(Some(c"pg_warden"));
+/// How much may be written before the recorder has read it: the slack for a recorder that is down.
+static JOURNAL_SIZE: GucSetting<i32> = GucSetting::<i32>::new(256);
+/// The ledger of statements in databases that have no ledger of their own.
+static HOME_DATABASE: GucSetting<Option<CString>> =
+    GucSetting::<Option<CString>>::new(Some(c"postgres"));
+/// Availability or completeness, when both cannot be had.
+static ON_JOURNAL_FULL: GucSetting<OnJournalFull> =
+    GucSetting::<OnJournalFull>::new(OnJournalFull::block);
+/// File sinks write here and nowhere else: who may add a sink may not write any file of the server.
+static FILE_SINK_DIRECTORY: GucSetting<Option<CString>> =
+    GucSetting::<Option<CString>>::new(Some(c"pg_warden/export"));
+
+/// Defines the settings and reserves their prefix.
+pub fn init() {
+    GucRegistry::define_string_guc(
+        c"warden.journal_directory",
+        c"Directory of the journal.",
+        c"A relative path starts at the data directory.",
+        &JOURNAL_DIRECTORY,
+        GucContext::Postmaster,
+        GucFlags::SUPERUSER_ONLY,
+    );
+    GucRegistry::define_int_guc(
+        c"warden.journal_size",
+        c"How much may be in the journal that the recorder has not read yet.",
+        c"When it is full, warden.on_journal_full decides.",
+        &JOURNAL_SIZE,
+        64,
+        1 << 20,
+        GucContext::Sighup,
+        GucFlags::UNIT_MB,
+    );
+    GucRegistry::define_string_guc(
+        c"warden.home_database",
+        c"Database whose ledger receives the statements of databases without the extension.",
+        c"They are not recorded while this database has no ledger either.",
+        &HOME_DATABASE,
+        GucContext::Sighup,
+        GucFlags::default(),
+    );
+    GucRegistry::define_enum_guc(
+        c"warden.on_journal_full",
+        c"What happens to a statement when the journal is full or cannot be written.",
+        c"block: it waits. error: it fails with WA005. gap: it runs, and the loss is recorded.",
+        &ON_JOURNAL_FULL,
+        GucContext::Sighup,
+        GucFlags::default(),
+    );
+    GucRegistry::define_string_guc(
+        c"warden.file_sink_directory",
+        c"Directory of the files that file sinks write.",
+        c"A relative path starts at the data directory.",
+        &FILE_SINK_DIRECTORY,
+        GucContext::Sighup,
+        GucFlags::SUPERUSER_ONLY,
+    );
+}
+
+fn path(setting: &GucSetting<Option<CString>>) -> String {
+    setting
+        .get()
+        .map(|s| s.to_string_lossy().into_owned())
+        .unwrap_or_default()
+}
+
+/// `warden.journal_directory`; relative to the data directory, which is the working directory.
+pub fn journal_directory() -> String {
+    path(&JOURNAL_DIRECTORY)
+}
+
+/// `warden.journal_size` in bytes.
+pub fn journal_size() -> u64 {
+    u64::from(JOURNAL_SIZE.get().unsigned_abs()) << 20
+}
+
+/// `warden.home_database`.
+pub fn home_database() -> String {
+    path(&HOME_DATABASE)
+}
+
+/// `warden.on_journal_full`.
+pub fn on_journal_full() -> OnJournalFull {
+    ON_JOURNAL_FULL.get()
+}
+
+/// `warden.file_sink_directory`; relative to the data directory.
+pub fn file_sink_directory() -> String {
+    path(&FILE_SINK_DIRECTORY)
+}
