@@ -301,6 +301,7 @@ pub fn begin() {
     let schema = unsafe { pg_sys::get_namespace_oid(c"warden".as_ptr(), false) };
     let tail = journal::tail();
     Ledger { schema }.store_position(&Chain::default(), tail, tail);
+    shared::shared().resend();
 }
 
 fn partition(seq: i64) -> i64 {

@@ -7,7 +7,7 @@ use crate::error::{Refusal, RefusalCode};
 use crate::pg::local::Local;
 use crate::pg::raise::unpack_sqlstate;
 use crate::pg::shared::shared;
-use crate::pg::{journal, policy, session, worker};
+use crate::pg::{journal, policy, session, shape, worker};
 use crate::settings::{self, OnJournalFull};
 use pgrx::pg_sys;
 use std::ffi::c_int;
@@ -85,21 +85,26 @@ pub fn destination() -> u32 {
     if !usable {
         return dest;
     }
-    let mut governed = sh.slot(database).is_some();
-    if !governed && policy::installed() && !is_template(database) {
-        // A database that was copied, or restored, with its ledger.
-        governed = sh.govern(database);
-        if governed {
-            wake_launcher();
-        }
+    // A database that was copied, or restored, with its ledger.
+    let ungoverned = sh.slot(database).is_none() && policy::installed() && !is_template(database);
+    if ungoverned && sh.govern(database) {
+        wake_launcher();
     }
-    let home = sh.home.load(Ordering::Acquire);
-    let dest = if governed { database.to_u32() } else { home };
+    // The generation first: what changes after it is read makes this answer stale.
     let generation = sh.generation.load(Ordering::Acquire);
+    let home = sh.home.load(Ordering::Acquire);
+    let dest = if sh.slot(database).is_some() {
+        database.to_u32()
+    } else {
+        home
+    };
     STATE.with(|s| {
         s.generation = Some(generation);
         s.dest = dest;
     });
+    // A ledger that is new, or that missed a frame, does not know what was sent to it before.
+    shape::forget();
+    session::forget();
     dest
 }
 
@@ -364,7 +369,7 @@ pub fn on_abort(sqlstate: c_int, sql: &[u8]) {
     }
     register_exit();
     let at = now();
-    let shape = |d| crate::pg::shape::utility(d, "UNKNOWN", sql, &[]);
+    let shape = |d| shape::utility(d, "UNKNOWN", sql, &[]);
     match append_intent(dest, at, 0, 0, shape) {
         Some(intent) => end(
             Begun { intent, dest, at },

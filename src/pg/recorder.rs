@@ -171,6 +171,9 @@ impl Recorder {
                 }
             }
         }
+        if self.joiner.lacking() {
+            shared().resend();
+        }
         let batch = self.joiner.take();
         let position = self.cursor.position();
         if !batch.is_empty() || position - self.saved > UNSAVED {

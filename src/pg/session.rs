@@ -119,6 +119,11 @@ pub fn key(dest: u32) -> Option<u64> {
     Some(key)
 }
 
+/// Forgets which facts have been sent: they are recorded again with the next statement.
+pub fn forget() {
+    STATE.with(|s| s.known.clear());
+}
+
 fn facts(session_user: pg_sys::Oid, current_user: pg_sys::Oid) -> SessionFacts {
     // SAFETY: reads this process's state; the port, if there is one, lives as long as the process.
     unsafe {

@@ -190,6 +190,11 @@ fn send(dest: u32, key: u64, facts: impl FnOnce() -> ShapeFacts) -> Option<u64> 
     Some(key)
 }
 
+/// Forgets what has been sent: shapes are recorded again when they are next used.
+pub fn forget() {
+    SENT.with(|s| *s = None);
+}
+
 /// The name of a planned command.
 pub fn command_name(command: pg_sys::CmdType::Type) -> &'static str {
     use pg_sys::CmdType as C;

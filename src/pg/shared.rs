@@ -141,6 +141,11 @@ impl Shared {
         false
     }
 
+    /// Makes every backend record its session and its statements' shapes again: a ledger lacks some.
+    pub fn resend(&self) {
+        self.generation.fetch_add(1, Ordering::AcqRel);
+    }
+
     /// Forgets a database.
     pub fn release(&self, slot: &Slot) {
         slot.state

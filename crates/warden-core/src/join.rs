@@ -171,6 +171,7 @@ pub struct Joiner {
     sessions: HashMap<u64, i64>,
     statements: HashMap<u64, i64>,
     remembered: usize,
+    lacking: bool,
     batch: Batch,
 }
 
@@ -207,6 +208,7 @@ impl Joiner {
             sessions: HashMap::new(),
             statements: HashMap::new(),
             remembered: REMEMBERED,
+            lacking: false,
             batch: Batch::default(),
         }
     }
@@ -215,6 +217,12 @@ impl Joiner {
     #[must_use]
     pub fn chain(&self) -> &Chain {
         &self.chain
+    }
+
+    /// Whether an execution referred to a session or a statement whose frame never came, since the
+    /// last call: backends should record theirs again.
+    pub fn lacking(&mut self) -> bool {
+        std::mem::take(&mut self.lacking)
     }
 
     /// Whether a frame is for this ledger.
@@ -349,6 +357,7 @@ impl Joiner {
         let statement = known(&mut self.statements, intent.shape, |k| {
             directory.statement(k)
         });
+        self.lacking |= session == 0 || statement == 0;
         let facts = ExecutionFacts {
             position: pos,
             parent: intent.parent,
