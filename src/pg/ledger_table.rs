@@ -33,6 +33,8 @@ type Value = Option<pg_sys::Datum>;
 
 /// The ledger of this database, for one transaction: DROP EXTENSION waits until it ends.
 pub struct Ledger {
+    /// OID of the extension.
+    pub extension: pg_sys::Oid,
     schema: pg_sys::Oid,
 }
 
@@ -69,7 +71,7 @@ impl Ledger {
                 return None;
             }
             let schema = pg_sys::get_namespace_oid(c"warden".as_ptr(), true);
-            (schema != pg_sys::InvalidOid).then_some(Self { schema })
+            (schema != pg_sys::InvalidOid).then_some(Self { extension, schema })
         }
     }
 
@@ -297,10 +299,15 @@ pub fn begin() {
     if !shared::available() {
         pgrx::error!("pg_warden must be loaded by shared_preload_libraries");
     }
-    // SAFETY: in a transaction.
-    let schema = unsafe { pg_sys::get_namespace_oid(c"warden".as_ptr(), false) };
+    // SAFETY: in a transaction, of CREATE EXTENSION.
+    let (extension, schema) = unsafe {
+        (
+            pg_sys::CurrentExtensionObject,
+            pg_sys::get_namespace_oid(c"warden".as_ptr(), false),
+        )
+    };
     let tail = journal::tail();
-    Ledger { schema }.store_position(&Chain::default(), tail, tail);
+    Ledger { extension, schema }.store_position(&Chain::default(), tail, tail);
     shared::shared().resend();
 }
 

@@ -29,19 +29,17 @@ const UNSAVED: u64 = 1 << 20;
 pub extern "C-unwind" fn pg_warden_recorder_main(arg: pg_sys::Datum) {
     let database = pg_sys::Oid::from(arg.value() as u32);
     worker::attach(database, Role::Recorder);
-    let Some(mut recorder) = worker::transaction(|| Recorder::start(database)) else {
-        worker::extension_is_gone(database);
+    let Some(mut recorder) = begin(database) else {
         return;
     };
-    worker::publish_consumed(database, recorder.saved);
     let mut pause = SHORT_PAUSE;
     loop {
         worker::obey();
         match recorder.batch() {
-            Progress::Gone => {
-                worker::extension_is_gone(database);
-                return;
-            }
+            Progress::Gone => match begin(database) {
+                Some(another) => recorder = another,
+                None => return,
+            },
             Progress::More => pause = SHORT_PAUSE,
             Progress::CaughtUp => {
                 pause = SHORT_PAUSE;
@@ -55,6 +53,15 @@ pub extern "C-unwind" fn pg_warden_recorder_main(arg: pg_sys::Datum) {
     }
 }
 
+fn begin(database: pg_sys::Oid) -> Option<Recorder> {
+    let recorder = worker::transaction(|| Recorder::start(database));
+    match &recorder {
+        Some(r) => worker::publish_consumed(database, r.saved),
+        None => worker::extension_is_gone(database),
+    }
+    recorder
+}
+
 enum Progress {
     /// There was nothing to read.
     Idle,
@@ -62,11 +69,13 @@ enum Progress {
     CaughtUp,
     /// There is more to read.
     More,
-    /// The extension is not in this database any more.
+    /// The ledger is not in this database any more; there may be another one.
     Gone,
 }
 
 struct Recorder {
+    /// OID of the extension; another one means another ledger.
+    extension: pg_sys::Oid,
     database: pg_sys::Oid,
     joiner: Joiner,
     cursor: Cursor,
@@ -123,6 +132,7 @@ impl Recorder {
         }
         let cursor = Cursor::open(next);
         Some(Self {
+            extension: ledger.extension,
             database,
             joiner,
             cursor,
@@ -144,7 +154,7 @@ impl Recorder {
 
     /// The body of one transaction.
     fn read_and_store(&mut self) -> Progress {
-        let Some(ledger) = Ledger::open() else {
+        let Some(ledger) = Ledger::open().filter(|l| l.extension == self.extension) else {
             return Progress::Gone;
         };
         let (mut frames, mut bytes, mut more) = (0, 0, true);
