@@ -90,6 +90,8 @@ mod tests {
         #[test]
         fn the_local_part_does_not_survive(local in "[a-z0-9.]{2,30}", domain in "[a-z]{3,20}") {
             let m = partial_email(&format!("{local}@{domain}.org"));
+            // The ending is promised to be shown.
+            let m = m.trim_end_matches(".org");
             prop_assert!(!m.contains(&local) && !m.contains(&domain));
         }
     }

@@ -110,12 +110,14 @@ async fn probing_by_predicates_errors_and_joins_finds_nothing() -> Result {
 #[tokio::test]
 async fn updates_and_deletes_cannot_probe() -> Result {
     let (_cluster, dba, app) = masked().await?;
-    app.run(&format!(
-        "UPDATE customer SET name = 'found' WHERE email = '{EMAIL}'"
-    ))
-    .await?;
-    app.run(&format!("DELETE FROM customer WHERE email = '{EMAIL}'"))
-        .await?;
+    for email in [EMAIL, "nobody@example.com"] {
+        for sql in [
+            format!("UPDATE customer SET name = 'found' WHERE email = '{email}'"),
+            format!("DELETE FROM customer WHERE email = '{email}'"),
+        ] {
+            assert_eq!(app.sqlstate(&sql).await?, "WA001", "{sql}");
+        }
+    }
     assert_eq!(
         dba.number("SELECT count(*) FROM customer WHERE name = 'Ana'")
             .await?,
