@@ -17,6 +17,9 @@ pub enum EventKind {
     Gap = 4,
     /// The server started. Payload: empty.
     Boot = 5,
+    /// A client connected, was refused or disconnected. Payload:
+    /// [`crate::connection::ConnectionFacts`].
+    Connection = 7,
 }
 
 impl EventKind {
@@ -29,6 +32,7 @@ impl EventKind {
             3 => Self::Execution,
             4 => Self::Gap,
             5 => Self::Boot,
+            7 => Self::Connection,
             _ => return None,
         })
     }
@@ -42,6 +46,7 @@ impl EventKind {
             Self::Execution => "execution",
             Self::Gap => "gap",
             Self::Boot => "boot",
+            Self::Connection => "connection",
         }
     }
 }

@@ -35,6 +35,8 @@ pub enum FrameKind {
     SessionEnd = 6,
     /// Statements went on unrecorded: u64le count. See `warden.on_journal_full = gap`.
     Gap = 7,
+    /// A client connected, was refused or disconnected: see [`crate::connection::frame`].
+    Connection = 9,
 }
 
 impl FrameKind {
@@ -50,6 +52,7 @@ impl FrameKind {
             5 => Self::Outcome,
             6 => Self::SessionEnd,
             7 => Self::Gap,
+            9 => Self::Connection,
             _ => return None,
         })
     }

@@ -9,6 +9,7 @@
 //! Exactly once: when a batch, the journal position after its last frame and the end of the chain
 //! are stored together, a joiner that starts from what was stored goes on as if it had never stopped.
 
+use crate::connection::{self, ConnectionFacts, ConnectionRow};
 use crate::event::{Event, EventKind, ExecutionFacts, GapFacts, Outcome, SessionFacts, ShapeFacts};
 use crate::frame::{self, FrameKind, Header, Intent, u64le};
 use crate::ledger::{Chain, Hash};
@@ -118,6 +119,8 @@ pub struct Batch {
     pub sessions: Vec<SessionRow>,
     /// Projections of its statement events.
     pub statements: Vec<StatementRow>,
+    /// Projections of its connection and boot events.
+    pub connections: Vec<ConnectionRow>,
     /// Intents that stay open: position and payload.
     pub opened: Vec<(u64, [u8; Intent::SIZE])>,
     /// Positions of intents of earlier batches that are open no more.
@@ -140,6 +143,7 @@ pub fn describe(kind: i16, payload: &[u8]) -> serde_json::Value {
         Some(EventKind::Statement) => ShapeFacts::decode(payload).map(serde_json::to_value),
         Some(EventKind::Execution) => ExecutionFacts::decode(payload).map(serde_json::to_value),
         Some(EventKind::Gap) => GapFacts::decode(payload).map(serde_json::to_value),
+        Some(EventKind::Connection) => ConnectionFacts::decode(payload).map(serde_json::to_value),
         Some(EventKind::Boot) => return serde_json::json!({}),
         None => return serde_json::json!({ "malformed": "unknown kind" }),
     };
@@ -256,6 +260,7 @@ impl Joiner {
                 Some(FrameKind::SessionEnd) => self.session_end(payload, directory),
                 Some(FrameKind::Boot) => self.boot(payload, directory),
                 Some(FrameKind::Gap) => self.backend_gap(pos, payload),
+                Some(FrameKind::Connection) => self.connection(payload),
                 Some(FrameKind::Pad) => true,
                 None => false,
             };
@@ -462,8 +467,24 @@ impl Joiner {
     fn boot(&mut self, payload: &[u8], directory: &mut impl Directory) -> bool {
         self.interrupt_all(directory);
         let at = u64le(payload, 0).map_or(self.at, |at| at as i64);
-        self.push(EventKind::Boot, at, Vec::new());
+        self.append_connection(blank(EventKind::Boot, at, Vec::new()));
         true
+    }
+
+    fn connection(&mut self, payload: &[u8]) -> bool {
+        let Some(event) = connection::event(payload) else {
+            return false;
+        };
+        self.append_connection(event);
+        true
+    }
+
+    fn append_connection(&mut self, mut event: Event) {
+        event.seq = self.chain.seq + 1;
+        self.batch
+            .connections
+            .extend(ConnectionRow::project(&event));
+        self.append(event);
     }
 
     fn backend_gap(&mut self, pos: u64, payload: &[u8]) -> bool {
@@ -547,6 +568,7 @@ mod tests {
         events: Vec<(Event, Hash)>,
         sessions: HashMap<u64, i64>,
         statements: HashMap<u64, i64>,
+        connections: Vec<ConnectionRow>,
         pending: BTreeMap<u64, Intent>,
         chain: Chain,
     }
@@ -598,6 +620,7 @@ mod tests {
                         .is_none()
                 );
             }
+            self.connections.extend(b.connections);
             self.events.extend(b.events);
             self.chain = j.chain().clone();
         }
@@ -673,6 +696,14 @@ mod tests {
         frame(FrameKind::SessionEnd, backend.to_le_bytes().to_vec())
     }
 
+    fn connection(at: i64, role: &str) -> Item {
+        let facts = ConnectionFacts {
+            role: role.to_owned(),
+            ..ConnectionFacts::default()
+        };
+        frame(FrameKind::Connection, connection::frame(at, -1, &facts))
+    }
+
     /// Item `i` lies at position `(i + 1) * 64`.
     fn feed(j: &mut Joiner, tables: &Tables, i: usize, item: &Item) {
         let pos = (i as u64 + 1) * 64;
@@ -732,6 +763,7 @@ mod tests {
             8 => (0i64..99, 0u64..4, 0u64..7, 0u64..7).prop_map(|(a, b, s, q)| intent(a, b, s, q)),
             8 => (1u64..40, -1i64..5).prop_map(|(n, rows)| outcome(n * 64, rows)),
             1 => (0u64..4).prop_map(end),
+            1 => (0i64..99, "[a-z]{0,9}").prop_map(|(at, role)| connection(at, &role)),
             1 => Just(Item::Frame(FrameKind::Boot as u8, 0, frame::VERSION, vec![])),
             1 => Just(frame(FrameKind::Gap, 7u64.to_le_bytes().to_vec())),
             1 => Just(Item::Damaged),
@@ -752,6 +784,8 @@ mod tests {
             let got = run(&items, &cuts, &restarts);
             prop_assert_eq!(&got.events, &expected.events);
             prop_assert_eq!(&got.pending, &expected.pending);
+            let projected = got.events.iter().filter_map(|(e, _)| ConnectionRow::project(e));
+            prop_assert_eq!(&got.connections, &projected.collect::<Vec<_>>());
             let mut walk = Chain::default();
             for (e, h) in &got.events {
                 prop_assert_eq!(walk.check(e, h), Ok(()));
@@ -874,6 +908,16 @@ mod tests {
     #[test]
     fn a_statement_that_began_before_the_ledger_is_no_gap() {
         assert!(whole(&[outcome(56, 1)]).events.is_empty());
+    }
+
+    #[test]
+    fn connections_and_boots_are_projected() {
+        let boot = Item::Frame(FrameKind::Boot as u8, 0, frame::VERSION, vec![0; 8]);
+        let t = whole(&[connection(7, "app"), boot, connection(9, "ana")]);
+        assert_eq!(kinds(&t), [7, 5, 7]);
+        let rows: Vec<_> = t.connections.iter().map(|r| (r.id, r.at)).collect();
+        assert_eq!(rows, [(1, 7), (2, 0), (3, 9)]);
+        assert!(t.connections[1].facts.is_none());
     }
 
     #[test]

@@ -6,6 +6,7 @@
 //!
 //! Nothing here drops an event: an answer is either an acknowledgement, or a reason to try again.
 
+use crate::connection::ConnectionFacts;
 use crate::event::{
     Event, EventKind, ExecutionFacts, GapFacts, Outcome, SessionFacts, ShapeFacts, flags,
 };
@@ -118,6 +119,8 @@ struct Line<'a> {
     execution: Option<ExecutionPart>,
     #[serde(skip_serializing_if = "Option::is_none")]
     gap: Option<GapFacts>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    connection: Option<ConnectionPart>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     flags: Vec<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -185,6 +188,14 @@ struct ExecutionPart {
     position: u64,
     #[serde(skip_serializing_if = "is_zero_u64")]
     parent_position: u64,
+}
+
+#[derive(Serialize)]
+struct ConnectionPart {
+    #[serde(flatten)]
+    facts: ConnectionFacts,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    duration_us: Option<i64>,
 }
 
 /// The columns of `warden.event` that are hashed, unchanged: enough to check the chain offline.
@@ -323,6 +334,13 @@ pub fn render(origin: &Origin, stored: &Stored, context: Context<'_>) -> String 
                 .ok()
         })
         .flatten();
+    let connection = (kind == Some(EventKind::Connection))
+        .then(|| {
+            ConnectionFacts::decode(&e.payload)
+                .map_err(|x| note("connection payload", &x))
+                .ok()
+        })
+        .flatten();
 
     let (session_facts, shape) = match kind {
         Some(EventKind::Session) => (own_session.as_ref().map(|s| (e.seq, s)), None),
@@ -358,6 +376,10 @@ pub fn render(origin: &Origin, stored: &Stored, context: Context<'_>) -> String 
             parent_position: x.parent,
         }),
         gap,
+        connection: connection.map(|facts| ConnectionPart {
+            facts,
+            duration_us: (e.duration_us >= 0).then_some(e.duration_us),
+        }),
         flags: flag_names(e.flags),
         problem,
         ledger: LedgerPart {
@@ -706,6 +728,7 @@ impl Target {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::connection::{ConnectionEvent, frame};
     use crate::event::{Access, AccessKind, Actor, ActorKind, MaskedColumn, Trust};
     use proptest::prelude::*;
 
@@ -794,6 +817,31 @@ mod tests {
         );
     }
 
+    /// As above.
+    #[test]
+    fn the_line_of_a_connection_is_frozen() {
+        let facts = ConnectionFacts {
+            event: ConnectionEvent::Refused,
+            pid: 42,
+            database: "shop".into(),
+            role: "app".into(),
+            client_addr: "10.0.0.7".into(),
+            client_port: 5000,
+            method: "scram-sha-256".into(),
+            sqlstate: "28P01".into(),
+            reason: "password authentication failed for user \"app\"".into(),
+            count: 3,
+            ..ConnectionFacts::default()
+        };
+        let mut e = execution();
+        e.event = crate::connection::event(&frame(849_283_201_000_007, -1, &facts)).unwrap();
+        e.event.seq = 12;
+        assert_eq!(
+            render(&ORIGIN, &e, Context::default()),
+            include_str!("../fixtures/connection.ndjson")
+        );
+    }
+
     #[test]
     fn every_kind_of_event_has_a_line() {
         let (s, shape) = facts();
@@ -807,6 +855,7 @@ mod tests {
             (2, shape.encode(), "statement"),
             (4, gap.encode(), "gap"),
             (5, vec![], "boot"),
+            (7, ConnectionFacts::default().encode(), "connection"),
             (99, vec![1], "unknown"),
         ];
         for (kind, payload, name) in cases {
