@@ -19,7 +19,7 @@ CREATE INDEX event_at_idx ON warden.event USING brin (at) WITH (autosummarize = 
 COMMENT ON TABLE warden.event IS 'The ledger: one row an event, chained by hash. Written by the recorder only.';
 COMMENT ON COLUMN warden.event.seq IS 'Place in the chain, from 1, without holes';
 COMMENT ON COLUMN warden.event.at IS 'When it happened; a statement: when it started';
-COMMENT ON COLUMN warden.event.kind IS '1 session, 2 statement, 3 execution, 4 gap, 5 boot';
+COMMENT ON COLUMN warden.event.kind IS '1 session, 2 statement, 3 execution, 4 gap, 5 boot, 7 connection';
 COMMENT ON COLUMN warden.event.session IS 'seq of the session event, or 0';
 COMMENT ON COLUMN warden.event.statement IS 'seq of the statement event, or 0';
 COMMENT ON COLUMN warden.event.rows IS 'Rows returned or affected, or -1';
@@ -97,6 +97,34 @@ CREATE FUNCTION warden.ledger_begin() RETURNS void
 SELECT warden.ledger_begin();
 DROP FUNCTION warden.ledger_begin();
 
+CREATE TABLE warden.connection_event (
+    id bigint PRIMARY KEY,
+    at timestamptz NOT NULL,
+    event text NOT NULL,
+    backend bigint NOT NULL,
+    pid integer NOT NULL,
+    kind text NOT NULL,
+    database text NOT NULL,
+    role text NOT NULL,
+    client_addr inet,
+    client_port integer NOT NULL,
+    application_name text NOT NULL,
+    tls boolean NOT NULL,
+    method text NOT NULL,
+    identity text NOT NULL,
+    sqlstate text NOT NULL,
+    reason text NOT NULL,
+    count bigint NOT NULL,
+    duration_us bigint NOT NULL,
+    ended text NOT NULL
+);
+CREATE INDEX connection_event_backend_idx ON warden.connection_event (backend);
+CREATE INDEX connection_event_event_idx ON warden.connection_event (event, id);
+COMMENT ON TABLE warden.connection_event IS 'Projection of connection and boot events: who connected, was refused or left, and when the server started';
+COMMENT ON COLUMN warden.connection_event.id IS 'seq of the event';
+COMMENT ON COLUMN warden.connection_event.event IS 'connected, refused, disconnected; started: the server has';
+COMMENT ON COLUMN warden.connection_event.backend IS 'Random number of the backend, as in warden.session; 0 if refused';
+
 CREATE TABLE warden.journal_pending (
     position bigint PRIMARY KEY,
     frame bytea NOT NULL
@@ -143,6 +171,7 @@ SELECT e.seq,
              WHERE e.flags & 4 <> 0 ORDER BY 1) AS masked_columns,
        NULLIF(warden.event_detail(e.kind, e.payload) ->> 'rule', '') AS rule,
        e.flags & 1 <> 0 AS nested,
+       e.flags & 16 <> 0 AS background,
        (warden.event_detail(e.kind, e.payload) ->> 'position')::bigint AS position,
        NULLIF((warden.event_detail(e.kind, e.payload) ->> 'parent')::bigint, 0) AS parent_position
 FROM warden.event e
@@ -154,13 +183,61 @@ COMMENT ON VIEW warden.activity IS 'Who did what, when, from where, and what cam
 COMMENT ON COLUMN warden.activity.query IS 'Statement with $n in place of literals';
 COMMENT ON COLUMN warden.activity.columns IS 'Relations and columns, by kind of access';
 COMMENT ON COLUMN warden.activity.rule IS 'Guardrail or mask that decided';
+COMMENT ON COLUMN warden.activity.background IS 'A background worker ran it, and no client';
 COMMENT ON COLUMN warden.activity.position IS 'Identifies the execution in its cluster';
 COMMENT ON COLUMN warden.activity.parent_position IS 'position of the statement that ran this one';
 
+-- A killed backend says nothing: the server then starts anew, and that ended all sessions before.
+CREATE VIEW warden.connections AS
+SELECT c.id AS seq,
+       c.at,
+       CASE c.event WHEN 'started' THEN 'server started' ELSE c.event END AS event,
+       NULLIF(c.reason, '') AS reason,
+       NULLIF(c.sqlstate, '') AS sqlstate,
+       NULLIF(c.count, 0) AS count,
+       NULLIF(c.role, '') AS role,
+       NULLIF(c.database, '') AS database,
+       CASE WHEN c.event <> 'started' THEN c.kind END AS kind,
+       c.client_addr,
+       NULLIF(c.client_port, 0) AS client_port,
+       NULLIF(c.application_name, '') AS application_name,
+       CASE WHEN c.event <> 'started' THEN c.tls END AS tls,
+       NULLIF(c.method, '') AS method,
+       NULLIF(c.identity, '') AS identity,
+       NULLIF(c.pid, 0) AS pid,
+       NULLIF(c.duration_us, -1) * interval '1 microsecond' AS duration,
+       NULLIF(coalesce(e.ended, c.ended), '') AS ended,
+       CASE WHEN c.event = 'disconnected' THEN c.at ELSE e.at END AS ended_at,
+       NULLIF(c.backend, 0) AS backend
+FROM warden.connection_event c
+LEFT JOIN LATERAL (
+    SELECT x.at, x.ended FROM (
+        (SELECT d.id, d.at, d.ended FROM warden.connection_event d
+         WHERE d.backend = c.backend AND d.event = 'disconnected' ORDER BY d.id LIMIT 1)
+        UNION ALL
+        (SELECT b.id, b.at, 'lost' FROM warden.connection_event b
+         WHERE b.event = 'started' AND b.id > c.id ORDER BY b.id LIMIT 1)
+    ) x ORDER BY x.id LIMIT 1
+) e ON c.event = 'connected'
+ORDER BY c.id DESC;
+COMMENT ON VIEW warden.connections IS 'Who connected, was refused or disconnected, from where and why: one row an event, newest first';
+COMMENT ON COLUMN warden.connections.event IS 'connected, refused, disconnected, or server started';
+COMMENT ON COLUMN warden.connections.reason IS 'What PostgreSQL said when it refused or ended the connection';
+COMMENT ON COLUMN warden.connections.count IS 'Identical refusals that the row stands for; at is the time of the last one';
+COMMENT ON COLUMN warden.connections.kind IS 'client or replication';
+COMMENT ON COLUMN warden.connections.tls IS 'Whether the connection is encrypted with TLS';
+COMMENT ON COLUMN warden.connections.method IS 'Authentication method of pg_hba.conf';
+COMMENT ON COLUMN warden.connections.identity IS 'Who the method found the client to be, before it became a role';
+COMMENT ON COLUMN warden.connections.duration IS 'How long the session was, once it has disconnected';
+COMMENT ON COLUMN warden.connections.ended IS 'How the session ended: normal, terminated (by an administrator), fatal, or lost (killed: the server started anew); null while it is open';
+COMMENT ON COLUMN warden.connections.ended_at IS 'When the session ended; for a lost one, when the server started anew';
+COMMENT ON COLUMN warden.connections.backend IS 'The same for all rows of a session here and in warden.session';
+
 REVOKE ALL ON warden.event, warden.event_p00000, warden.session, warden.statement,
-    warden.journal_position, warden.journal_pending, warden.activity FROM PUBLIC;
-GRANT SELECT ON warden.event, warden.session, warden.statement, warden.journal_position,
-    warden.activity TO warden_auditor;
+    warden.connection_event, warden.journal_position, warden.journal_pending, warden.activity,
+    warden.connections FROM PUBLIC;
+GRANT SELECT ON warden.event, warden.session, warden.statement, warden.connection_event,
+    warden.journal_position, warden.activity, warden.connections TO warden_auditor;
 REVOKE ALL ON FUNCTION warden.event_detail(smallint, bytea), warden.verify(bigint, bigint) FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION warden.event_detail(smallint, bytea) TO warden_auditor, warden_admin;
 GRANT EXECUTE ON FUNCTION warden.verify(bigint, bigint) TO warden_auditor, warden_admin;

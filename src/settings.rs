@@ -33,6 +33,9 @@ static ON_JOURNAL_FULL: GucSetting<OnJournalFull> =
 static FILE_SINK_DIRECTORY: GucSetting<Option<CString>> =
     GucSetting::<Option<CString>>::new(Some(c"pg_warden/export"));
 
+/// A login storm must not become a storm of events.
+static CONNECTION_FAILURE_WINDOW: GucSetting<i32> = GucSetting::<i32>::new(60);
+
 /// Defines the settings and reserves their prefix.
 pub fn init() {
     GucRegistry::define_string_guc(
@@ -69,6 +72,16 @@ pub fn init() {
         GucContext::Sighup,
         GucFlags::default(),
     );
+    GucRegistry::define_int_guc(
+        c"warden.connection_failure_window",
+        c"How long identical refused connections are counted before their number is recorded.",
+        c"The first one is recorded at once. 0 records each by itself.",
+        &CONNECTION_FAILURE_WINDOW,
+        0,
+        86_400,
+        GucContext::Sighup,
+        GucFlags::UNIT_S,
+    );
     GucRegistry::define_string_guc(
         c"warden.file_sink_directory",
         c"Directory of the files that file sinks write.",
@@ -104,6 +117,11 @@ pub fn home_database() -> String {
 /// `warden.on_journal_full`.
 pub fn on_journal_full() -> OnJournalFull {
     ON_JOURNAL_FULL.get()
+}
+
+/// `warden.connection_failure_window` in microseconds.
+pub fn connection_failure_window() -> i64 {
+    i64::from(CONNECTION_FAILURE_WINDOW.get()) * 1_000_000
 }
 
 /// `warden.file_sink_directory`; relative to the data directory.

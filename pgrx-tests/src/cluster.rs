@@ -252,6 +252,15 @@ impl Cluster {
         kill_process(process(pid)?, Signal::STOP).context("kill -STOP")
     }
 
+    /// Begins a smart shutdown: clients may stay, and new ones are refused.
+    pub fn stop_smart(&self) -> Result {
+        let child = self
+            .postmaster
+            .as_ref()
+            .context("the cluster does not run")?;
+        kill_process(Pid::from_child(child), Signal::TERM).context("kill")
+    }
+
     fn end(&mut self, signal: Signal) -> Result {
         let mut child = self.postmaster.take().context("the cluster does not run")?;
         kill_process(Pid::from_child(&child), signal)?;
@@ -359,6 +368,30 @@ impl Cluster {
         Ok(text.replace(&format!("psql:{}:", file.display()), "psql:"))
     }
 
+    /// Runs one of the server's client programs by the Unix socket: whether it succeeded, and what it
+    /// printed to both outputs.
+    pub fn program(
+        &self,
+        name: &str,
+        args: &[&str],
+        env: &[(&str, &str)],
+    ) -> Result<(bool, String)> {
+        let out = self
+            .server
+            .command(name)
+            .args(args)
+            .env("PGHOST", &self.socket)
+            .env("PGPORT", self.port().to_string())
+            .envs(env.iter().copied())
+            .output()
+            .with_context(|| name.to_owned())?;
+        let text = [out.stdout, out.stderr].concat();
+        Ok((
+            out.status.success(),
+            String::from_utf8_lossy(&text).into_owned(),
+        ))
+    }
+
     /// Waits until a condition holds.
     pub async fn wait_until<F>(&self, what: &str, mut condition: impl FnMut() -> F) -> Result
     where
@@ -419,6 +452,35 @@ impl Cluster {
             rows.len()
         );
         Ok(rows.swap_remove(0))
+    }
+
+    /// The rows of `warden.connections`, oldest first, that satisfy a condition, as JSON objects.
+    pub async fn connections(&self, condition: &str) -> Result<Vec<Value>> {
+        self.drained().await?;
+        let client = self.superuser().await?;
+        client
+            .objects(&format!(
+                "SELECT * FROM warden.connections WHERE {condition} ORDER BY seq"
+            ))
+            .await
+    }
+
+    /// The one row of `warden.connections` that satisfies a condition, once there is one.
+    pub async fn the_connection(&self, condition: &str) -> Result<Value> {
+        let start = Instant::now();
+        loop {
+            let mut rows = self.connections(condition).await?;
+            ensure!(
+                rows.len() < 2,
+                "{} events where {condition}: {rows:#?}",
+                rows.len()
+            );
+            match rows.pop() {
+                Some(row) => return Ok(row),
+                None => ensure!(start.elapsed() < PATIENCE, "no event where {condition}"),
+            }
+            pause().await;
+        }
     }
 
     /// What `warden.verify()` says of the ledger of a database.

@@ -1,7 +1,7 @@
 //! Databases that gain, lose or lend the extension.
 //!
-//! Owns two facts of the running transaction: that it creates or drops the extension, and that
-//! workers have left a database because a command needs it empty.
+//! Owns three facts of the running transaction: that it creates or drops the extension, that it
+//! renames a database, and that workers have left a database because a command needs it empty.
 
 use crate::pg::local::Local;
 use crate::pg::session::text;
@@ -12,6 +12,7 @@ use std::sync::atomic::Ordering;
 
 static CHANGED: Local<bool> = Local::new(false);
 static PAUSED: Local<u32> = Local::new(0);
+static RENAMED: Local<bool> = Local::new(false);
 
 /// CREATE or DROP EXTENSION has run; what it means is known when the transaction commits.
 pub fn extension_changed() {
@@ -20,6 +21,12 @@ pub fn extension_changed() {
 
 /// The transaction has ended. Runs where no error may be raised.
 pub fn transaction_ended(committed: bool) {
+    if RENAMED.get() {
+        RENAMED.set(false);
+        // Only now can the launcher see the new name.
+        shared().generation.fetch_add(1, Ordering::AcqRel);
+        record::wake_launcher();
+    }
     if !CHANGED.get() {
         return;
     }
@@ -51,6 +58,7 @@ pub unsafe fn make_room(node: *mut pg_sys::Node) -> bool {
                 if (*s).renameType != pg_sys::ObjectType::OBJECT_DATABASE {
                     return false;
                 }
+                RENAMED.set(true);
                 (*s).subname
             }
             T::T_CreatedbStmt => template_of(node.cast()),

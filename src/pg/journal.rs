@@ -359,8 +359,12 @@ pub fn startup() {
         );
         return;
     }
-    for database in read_databases() {
-        sh.govern(pg_sys::Oid::from(database));
+    for (database, name) in read_databases() {
+        let database = pg_sys::Oid::from(database);
+        sh.govern(database);
+        if let Some(slot) = sh.slot(database) {
+            slot.name.set(name.as_bytes());
+        }
     }
     let governed = sh
         .slots
@@ -504,18 +508,27 @@ fn write_durably(path: &Path, bytes: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-fn read_databases() -> Vec<u32> {
+/// A line holds an OID and, after a blank, a name.
+fn read_databases() -> Vec<(u32, String)> {
     fs::read_to_string(directory().join("databases"))
         .unwrap_or_default()
         .lines()
-        .filter_map(|l| l.trim().parse().ok())
+        .filter_map(|l| {
+            let (oid, name) = l.split_once(' ').unwrap_or((l.trim(), ""));
+            Some((oid.parse().ok()?, name.to_owned()))
+        })
         .collect()
 }
 
 /// Remembers the governed databases, so that their statements are recorded from the first one after
 /// a restart.
-pub fn write_databases(databases: &[u32]) {
-    let text: String = databases.iter().map(|d| format!("{d}\n")).collect();
+pub fn write_databases(databases: &[(u32, &str)]) {
+    let text: String = databases
+        .iter()
+        // A name with a line break is not known until the launcher has read the catalog.
+        .map(|(oid, name)| (oid, name.split(['\n', '\r']).next().filter(|n| n == name)))
+        .map(|(oid, name)| format!("{oid} {}\n", name.unwrap_or_default()))
+        .collect();
     if let Err(e) = write_durably(&directory().join("databases"), text.as_bytes()) {
         pgrx::warning!("pg_warden: could not write the list of governed databases: {e}");
     }

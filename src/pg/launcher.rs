@@ -6,11 +6,11 @@
 
 use crate::pg::shared::{Slot, SlotState, shared};
 use crate::pg::worker::{self, Role};
-use crate::pg::{journal, local::Local, scan};
+use crate::pg::{journal, local::Local, refusals, scan};
 use crate::settings;
 use pgrx::pg_sys;
 use std::collections::HashMap;
-use std::ffi::{CStr, c_char};
+use std::ffi::{CStr, c_char, c_int};
 use std::sync::atomic::Ordering;
 
 /// Longest pause before a worker that keeps failing is started again, in seconds.
@@ -68,6 +68,8 @@ pub extern "C-unwind" fn pg_warden_launcher_main(_arg: pg_sys::Datum) {
     let sh = shared();
     sh.launcher
         .store(std::process::id() as i32, Ordering::Release);
+    // SAFETY: the callback needs no argument.
+    unsafe { pg_sys::before_shmem_exit(Some(on_exit), pg_sys::Datum::from(0)) };
     let mut generation = u32::MAX;
     loop {
         let now = sh.generation.load(Ordering::Acquire);
@@ -89,9 +91,15 @@ pub extern "C-unwind" fn pg_warden_launcher_main(_arg: pg_sys::Datum) {
             sh.recompute_consumed();
             journal::prepare_segments();
             journal::remove_segments();
+            refusals::sweep();
         }
         worker::wait(1000);
     }
+}
+
+#[pgrx::pg_guard]
+unsafe extern "C-unwind" fn on_exit(_code: c_int, _arg: pg_sys::Datum) {
+    refusals::close();
 }
 
 /// Frees the slots of databases that are gone, finds the home database, and remembers the rest.
@@ -117,13 +125,17 @@ fn settle_databases() {
     if sh.home.swap(home, Ordering::AcqRel) != home {
         sh.generation.fetch_add(1, Ordering::AcqRel);
     }
-    let databases: Vec<u32> = sh
-        .slots
-        .iter()
-        .map(|s| s.database.load(Ordering::Acquire))
-        .filter(|oid| *oid != 0)
-        .collect();
-    journal::write_databases(&databases);
+    let mut governed = Vec::new();
+    for slot in &sh.slots {
+        let oid = slot.database.load(Ordering::Acquire);
+        if let Some((_, name)) = existing.iter().find(|(o, _)| oid != 0 && *o == oid) {
+            if slot.name.get() != name.as_bytes() {
+                slot.name.set(name.as_bytes());
+            }
+            governed.push((oid, name.as_str()));
+        }
+    }
+    journal::write_databases(&governed);
 }
 
 /// OIDs and names of all databases. Without a database of our own, no index can be used.

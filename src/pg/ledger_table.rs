@@ -1,8 +1,8 @@
 //! The ledger's tables: read and written without the executor, so that no hook of any extension
 //! comes between the recorder and its rows.
 //!
-//! Owns: the layout of `warden.event`, `session`, `statement`, `journal_position` and
-//! `journal_pending`, and their verification. Receives batches of the joiner. Never decides what an
+//! Owns: the layout of `warden.event`, `session`, `statement`, `connection_event`,
+//! `journal_position` and `journal_pending`, and their verification. Receives batches of the joiner. Never decides what an
 //! event is.
 //!
 //! Inserts go through the server's routine for catalogs: it is `heap_multi_insert` followed by index
@@ -14,6 +14,7 @@ use pgrx::{Inet, IntoDatum, JsonB, PgMemoryContexts, Spi};
 use std::borrow::Cow;
 use std::ffi::{CStr, CString, c_int};
 use std::net::IpAddr;
+use warden_core::connection::{ConnectionFacts, ConnectionRow, Ending};
 use warden_core::event::{Event, EventKind};
 use warden_core::frame::Intent;
 use warden_core::join::{Batch, Directory, SessionRow, StatementRow};
@@ -180,6 +181,12 @@ impl Ledger {
             insert(
                 self.require(c"statement"),
                 batch.statements.iter().map(statement_values),
+            );
+        }
+        if !batch.connections.is_empty() {
+            insert(
+                self.require(c"connection_event"),
+                batch.connections.iter().map(connection_values),
             );
         }
         if !batch.closed.is_empty() {
@@ -487,6 +494,32 @@ fn statement_values(r: &StatementRow) -> [Value; 7] {
     ]
 }
 
+fn connection_values(r: &ConnectionRow) -> [Value; 19] {
+    let boot = ConnectionFacts::default();
+    let f = r.facts.as_ref().unwrap_or(&boot);
+    [
+        r.id.into_datum(),
+        r.at.into_datum(),
+        text(r.facts.as_ref().map_or("started", |f| f.event.name())),
+        (f.backend as i64).into_datum(),
+        (f.pid as i32).into_datum(),
+        text(f.kind.name()),
+        text(&f.database),
+        text(&f.role),
+        address(&f.client_addr).and_then(IntoDatum::into_datum),
+        (f.client_port as i32).into_datum(),
+        text(&f.application_name),
+        f.tls.into_datum(),
+        text(&f.method),
+        text(&f.identity),
+        text(&f.sqlstate),
+        text(&f.reason),
+        (f.count as i64).into_datum(),
+        r.duration_us.into_datum(),
+        text(f.ended.map_or("", Ending::name)),
+    ]
+}
+
 fn json(value: &impl serde::Serialize) -> Value {
     let value = serde_json::to_value(value).unwrap_or_default();
     JsonB(server_json(value)).into_datum()
@@ -542,6 +575,8 @@ const EVENTS: &CStr = c"SELECT seq, at, kind, session, statement, rows, duration
     flags, payload, hash FROM warden.event WHERE seq BETWEEN $1 AND $2 ORDER BY seq";
 const SESSIONS: &CStr = c"SELECT * FROM warden.session WHERE id BETWEEN $1 AND $2 ORDER BY id";
 const STATEMENTS: &CStr = c"SELECT * FROM warden.statement WHERE id BETWEEN $1 AND $2 ORDER BY id";
+const CONNECTIONS: &CStr =
+    c"SELECT * FROM warden.connection_event WHERE id BETWEEN $1 AND $2 ORDER BY id";
 
 /// Walks the ledger from event `from` to event `to`, or to its end.
 pub fn verify(from: i64, to: Option<i64>) -> Verdict {
@@ -564,6 +599,7 @@ fn walk(from: i64, to: Option<i64>, checked: &mut i64) -> Check {
     let mut events = Stream::open(EVENTS, from, last);
     let mut sessions = Projection::open("session", SESSIONS, from, last);
     let mut statements = Projection::open("statement", STATEMENTS, from, last);
+    let mut connections = Projection::open("connection_event", CONNECTIONS, from, last);
     let mut scratch = PgMemoryContexts::new("pg_warden verify");
     loop {
         // SAFETY: nothing that was allocated here for an earlier event is used any more.
@@ -589,6 +625,7 @@ fn walk(from: i64, to: Option<i64>, checked: &mut i64) -> Check {
                 })?;
                 sessions.check_before(e.seq)?;
                 statements.check_before(e.seq)?;
+                connections.check_before(e.seq)?;
                 let unreadable = || (e.seq, format!("payload of event {} is malformed", e.seq));
                 match EventKind::from_i16(e.kind) {
                     Some(EventKind::Session) => {
@@ -599,6 +636,10 @@ fn walk(from: i64, to: Option<i64>, checked: &mut i64) -> Check {
                         let row =
                             StatementRow::project(e.seq, &e.payload).ok_or_else(unreadable)?;
                         statements.check(e.seq, statement_values(&row))?;
+                    }
+                    Some(EventKind::Connection | EventKind::Boot) => {
+                        let row = ConnectionRow::project(&e).ok_or_else(unreadable)?;
+                        connections.check(e.seq, connection_values(&row))?;
                     }
                     _ => {}
                 }
@@ -612,6 +653,7 @@ fn walk(from: i64, to: Option<i64>, checked: &mut i64) -> Check {
     }
     sessions.check_before(i64::MAX)?;
     statements.check_before(i64::MAX)?;
+    connections.check_before(i64::MAX)?;
     match to {
         Some(to) if to > chain.seq => {
             Err((chain.seq + 1, format!("event {} is missing", chain.seq + 1)))

@@ -2,6 +2,7 @@
 
 pub mod chain;
 pub mod compat;
+pub mod connections;
 pub mod databases;
 pub mod functions;
 pub mod hooks;
@@ -12,9 +13,11 @@ pub mod ledger_table;
 pub mod local;
 pub mod mask;
 pub mod policy;
+pub mod port;
 pub mod raise;
 pub mod record;
 pub mod recorder;
+pub mod refusals;
 pub mod rules;
 pub mod scan;
 pub mod session;

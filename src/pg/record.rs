@@ -207,7 +207,8 @@ fn append_intent(
     journal::append(FrameKind::Intent, dest, &intent.encode(), false).ok()
 }
 
-fn count_unrecorded(dest: u32) {
+/// Something went on unrecorded: a later frame says so.
+pub fn count_unrecorded(dest: u32) {
     if let Some(slot) = shared().slot(pg_sys::Oid::from(dest)) {
         slot.unrecorded.fetch_add(1, Ordering::AcqRel);
     }

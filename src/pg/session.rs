@@ -162,14 +162,24 @@ fn facts(session_user: pg_sys::Oid, current_user: pg_sys::Oid) -> SessionFacts {
 
 /// The client's address, if it came over a network.
 unsafe fn client() -> Option<SocketAddr> {
-    // SAFETY: the backend's own entry; the address family says which structure it is.
+    // SAFETY: the backend's own entry.
     unsafe {
         let entry = pg_sys::MyBEEntry;
         if entry.is_null() {
             return None;
         }
-        let address = std::ptr::addr_of!((*entry).st_clientaddr.addr);
-        match c_int::from((*address.cast::<libc::sockaddr>()).sa_family) {
+        socket_address(std::ptr::addr_of!((*entry).st_clientaddr.addr).cast())
+    }
+}
+
+/// The address in a socket's structure, if it is one of a network.
+///
+/// # Safety
+/// `address` points to a valid `sockaddr_storage`.
+pub unsafe fn socket_address(address: *const libc::sockaddr_storage) -> Option<SocketAddr> {
+    // SAFETY: the address family says which structure it is.
+    unsafe {
+        match c_int::from((*address).ss_family) {
             libc::AF_INET => {
                 let a = &*address.cast::<libc::sockaddr_in>();
                 let ip = Ipv4Addr::from(u32::from_be(a.sin_addr.s_addr));

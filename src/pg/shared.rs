@@ -1,8 +1,10 @@
-//! What all processes of the cluster share: the journal's positions and the governed databases.
+//! What all processes of the cluster share: the journal's positions, the governed databases, and
+//! refused connections that are counted.
 //!
 //! Plain atomics, no lock: a writer that dies cannot leave one held. Sized by constants, so that
 //! nothing depends on a setting. Initialised by the postmaster, again after every crash.
 
+use crate::pg::refusals;
 use pgrx::pg_sys;
 use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering};
 
@@ -26,6 +28,8 @@ pub struct Slot {
     pub shipper: AtomicI32,
     /// The backend that wants the workers out of the database, or 0.
     pub paused_by: AtomicI32,
+    /// The database's name, for those who cannot read the catalog yet; empty if it is not known.
+    pub name: Bytes<8>,
 }
 
 /// What is known about a governed database.
@@ -57,10 +61,46 @@ pub struct Shared {
     pub generation: AtomicU32,
     /// The governed home database, or 0.
     pub home: AtomicU32,
-    /// Process id of the launcher, or 0.
+    /// Process id of the launcher; 0 before it has started, and negative once it has ended.
     pub launcher: AtomicI32,
     /// The governed databases.
     pub slots: [Slot; MAX_DATABASES],
+    /// Refused connections that are counted.
+    pub refusals: refusals::Table,
+}
+
+/// Some bytes, as atomics. A reader that meets a writer gets a mixture of both, and no more harm.
+#[repr(C)]
+pub struct Bytes<const WORDS: usize> {
+    length: AtomicU32,
+    words: [AtomicU64; WORDS],
+}
+
+impl<const WORDS: usize> Bytes<WORDS> {
+    /// Replaces the bytes; what does not fit is cut off.
+    pub fn set(&self, bytes: &[u8]) {
+        let bytes = &bytes[..bytes.len().min(WORDS * 8)];
+        self.length.store(0, Ordering::Release);
+        for (word, chunk) in self.words.iter().zip(bytes.chunks(8)) {
+            let mut b = [0; 8];
+            b[..chunk.len()].copy_from_slice(chunk);
+            word.store(u64::from_le_bytes(b), Ordering::Relaxed);
+        }
+        self.length.store(bytes.len() as u32, Ordering::Release);
+    }
+
+    /// The bytes.
+    pub fn get(&self) -> Vec<u8> {
+        let length = self.length.load(Ordering::Acquire) as usize;
+        let mut bytes: Vec<u8> = self
+            .words
+            .iter()
+            .take(length.div_ceil(8))
+            .flat_map(|w| w.load(Ordering::Relaxed).to_le_bytes())
+            .collect();
+        bytes.truncate(length);
+        bytes
+    }
 }
 
 static mut SHARED: *mut Shared = std::ptr::null_mut();
@@ -110,6 +150,15 @@ impl Shared {
             .find(|s| s.database.load(Ordering::Acquire) == database)
     }
 
+    /// The slot of the governed database with this name.
+    pub fn slot_named(&self, name: &str) -> Option<&Slot> {
+        self.slots.iter().find(|s| {
+            !name.is_empty()
+                && s.database.load(Ordering::Acquire) != 0
+                && s.name.get() == name.as_bytes()
+        })
+    }
+
     /// Makes a database governed. `false` if there are too many.
     pub fn govern(&self, database: pg_sys::Oid) -> bool {
         if let Some(slot) = self.slot(database) {
@@ -151,6 +200,7 @@ impl Shared {
         slot.state
             .store(SlotState::Governed as u32, Ordering::Release);
         slot.paused_by.store(0, Ordering::Release);
+        slot.name.set(b"");
         slot.database.store(0, Ordering::Release);
         self.generation.fetch_add(1, Ordering::AcqRel);
         self.recompute_consumed();

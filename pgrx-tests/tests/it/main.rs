@@ -2,6 +2,7 @@
 //! test a promise.
 
 mod capture;
+mod connections;
 mod databases;
 mod errors;
 mod exactly_once;
