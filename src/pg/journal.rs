@@ -523,12 +523,16 @@ fn read_databases() -> Vec<(u32, String)> {
 /// Remembers the governed databases, so that their statements are recorded from the first one after
 /// a restart.
 pub fn write_databases(databases: &[(u32, &str)]) {
-    let text: String = databases
-        .iter()
-        // A name with a line break is not known until the launcher has read the catalog.
-        .map(|(oid, name)| (oid, name.split(['\n', '\r']).next().filter(|n| n == name)))
-        .map(|(oid, name)| format!("{oid} {}\n", name.unwrap_or_default()))
-        .collect();
+    let mut text = String::new();
+    for (oid, name) in databases {
+        // A name with a line break stays unknown until the launcher has read the catalog.
+        let name = if name.contains(['\n', '\r']) {
+            ""
+        } else {
+            name
+        };
+        text.push_str(&format!("{oid} {name}\n"));
+    }
     if let Err(e) = write_durably(&directory().join("databases"), text.as_bytes()) {
         pgrx::warning!("pg_warden: could not write the list of governed databases: {e}");
     }

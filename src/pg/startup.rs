@@ -3,7 +3,6 @@
 use crate::pg::{connections, hooks, journal, launcher, mask, shared};
 use crate::settings;
 use pgrx::{pg_guard, pg_sys};
-use std::sync::atomic::Ordering;
 
 static mut PREV_REQUEST: pg_sys::shmem_request_hook_type = None;
 static mut PREV_STARTUP: pg_sys::shmem_startup_hook_type = None;
@@ -47,13 +46,5 @@ unsafe extern "C-unwind" fn startup() {
     }
     if shared::attach() {
         journal::startup();
-        // SAFETY: the postmaster is about to use the memory; the callback needs no argument.
-        unsafe { pg_sys::on_shmem_exit(Some(retire), pg_sys::Datum::from(0)) };
     }
-}
-
-/// The postmaster gives the memory up, after a crash or at its end. A client that is being refused
-/// may still have it, and must not write to the journal by positions that are not true any more.
-unsafe extern "C-unwind" fn retire(_code: std::ffi::c_int, _arg: pg_sys::Datum) {
-    shared::shared().broken.store(1, Ordering::Release);
 }

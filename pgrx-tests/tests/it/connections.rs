@@ -399,6 +399,19 @@ async fn concurrent_failures_are_counted_too() -> Result {
 }
 
 #[tokio::test]
+async fn more_kinds_of_failures_than_can_be_counted_are_recorded_one_by_one() -> Result {
+    let cluster = Cluster::with_warden().await?;
+    for n in 0..200 {
+        refusal(cluster.connect(&format!("guess_{n}"), "postgres").await)?;
+    }
+    let seen = cluster
+        .connections("event = 'refused' AND role LIKE 'guess%'")
+        .await?;
+    assert_eq!(seen.len(), 200);
+    cluster.assert_verifies().await
+}
+
+#[tokio::test]
 async fn a_server_that_starts_or_stops_refuses_on_record() -> Result {
     let mut cluster = Cluster::with_warden().await?;
     let app = cluster.connect("app", "postgres").await?;
