@@ -120,7 +120,7 @@ impl Receiver {
     /// The URL to give to `warden.add_sink`.
     #[must_use]
     pub fn url(&self) -> String {
-        format!("http://{}/events", self.address)
+        format!("http://{}{}", self.address, path())
     }
 
     /// The port.
@@ -211,6 +211,12 @@ impl Drop for Receiver {
     }
 }
 
+/// The path of this process's receivers. A port may have belonged to another test's receiver a moment
+/// ago, and that test's server goes on sending to it.
+fn path() -> String {
+    format!("/events/{}", std::process::id())
+}
+
 fn accept(listener: &TcpListener, shared: &Arc<Shared>) {
     let mut connections: Vec<JoinHandle<()>> = Vec::new();
     while !shared.stop.load(Ordering::Acquire) {
@@ -236,7 +242,12 @@ fn serve(stream: TcpStream, shared: &Shared) -> io::Result<()> {
     stream.set_read_timeout(Some(Duration::from_millis(50)))?;
     let mut writer = stream.try_clone()?;
     let mut reader = BufReader::new(Patient { stream, shared });
+    let mine = format!("POST {} HTTP/1.1", path());
     while let Some(request) = read_request(&mut reader)? {
+        if request.headers[":request"] != mine {
+            answer(&mut writer, 404, "", "no such receiver")?;
+            continue;
+        }
         let reply = {
             let mut state = shared.state();
             state.requests += 1;

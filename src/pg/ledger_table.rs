@@ -5,8 +5,8 @@
 //! `journal_position` and `journal_pending`, and their verification. Receives batches of the joiner. Never decides what an
 //! event is.
 //!
-//! Inserts go through the server's routine for catalogs: it is `heap_multi_insert` followed by index
-//! insertion, and works on every table whose indexes have no expressions and no predicates.
+//! Rows go in by `heap_multi_insert`, and into the indexes one by one, as COPY does it. The server's
+//! own routine for that, for catalogs, takes the wrong place for rows that are toasted.
 
 use crate::pg::{journal, shared};
 use pgrx::pg_sys;
@@ -406,16 +406,87 @@ fn insert<const N: usize>(oid: pg_sys::Oid, mut rows: impl Iterator<Item = [Valu
             if n == 0 {
                 break;
             }
-            pg_sys::CatalogTuplesMultiInsertWithInfo(
-                table.0,
-                slots.as_mut_ptr(),
-                n as c_int,
-                indexes,
-            );
+            let (table, first) = (table.0, slots.as_mut_ptr());
+            pg_sys::ffi::pg_guard_ffi_boundary(|| insert_slots(table, indexes, first, n));
         }
         pg_sys::CatalogCloseIndexes(indexes);
         for slot in slots {
             pg_sys::ExecDropSingleTupleTableSlot(slot);
+        }
+    }
+}
+
+mod raw {
+    //! PostgreSQL's own functions: a guard around each of them would cost more than some of them.
+    use pgrx::pg_sys::{
+        BulkInsertState, CommandId, Datum, EState, IndexInfo, IndexUniqueCheck, ItemPointer,
+        Relation, TupleTableSlot,
+    };
+    use std::ffi::c_int;
+
+    unsafe extern "C-unwind" {
+        pub fn GetCurrentCommandId(used: bool) -> CommandId;
+        pub fn heap_multi_insert(
+            relation: Relation,
+            slots: *mut *mut TupleTableSlot,
+            ntuples: c_int,
+            cid: CommandId,
+            options: c_int,
+            bistate: BulkInsertState,
+        );
+        pub fn FormIndexDatum(
+            info: *mut IndexInfo,
+            slot: *mut TupleTableSlot,
+            estate: *mut EState,
+            values: *mut Datum,
+            isnull: *mut bool,
+        );
+        pub fn index_insert(
+            index: Relation,
+            values: *mut Datum,
+            isnull: *mut bool,
+            place: ItemPointer,
+            heap: Relation,
+            check: IndexUniqueCheck::Type,
+            unchanged: bool,
+            info: *mut IndexInfo,
+        ) -> bool;
+    }
+}
+
+/// Inserts the rows in slots. Owns nothing with a destructor: an error leaves by longjmp.
+///
+/// # Safety
+/// In a transaction, guarded; the indexes are those of the table, none on expressions and none
+/// partial; there are `n` filled slots.
+unsafe fn insert_slots(
+    table: pg_sys::Relation,
+    indexes: pg_sys::CatalogIndexState,
+    slots: *mut *mut pg_sys::TupleTableSlot,
+    n: usize,
+) {
+    use pg_sys::IndexUniqueCheck::{UNIQUE_CHECK_NO, UNIQUE_CHECK_YES};
+    // SAFETY: see above. heap_multi_insert leaves each row's place in its slot.
+    unsafe {
+        let cid = raw::GetCurrentCommandId(true);
+        raw::heap_multi_insert(table, slots, n as c_int, cid, 0, std::ptr::null_mut());
+        let mut values = [pg_sys::Datum::null(); pg_sys::INDEX_MAX_KEYS as usize];
+        let mut nulls = [false; pg_sys::INDEX_MAX_KEYS as usize];
+        for i in 0..(*indexes).ri_NumIndices as usize {
+            let index = *(*indexes).ri_IndexRelationDescs.add(i);
+            let info = *(*indexes).ri_IndexRelationInfo.add(i);
+            let check = if (*info).ii_Unique {
+                UNIQUE_CHECK_YES
+            } else {
+                UNIQUE_CHECK_NO
+            };
+            for slot in 0..n {
+                let slot = *slots.add(slot);
+                let (v, null) = (values.as_mut_ptr(), nulls.as_mut_ptr());
+                raw::FormIndexDatum(info, slot, std::ptr::null_mut(), v, null);
+                let place = &raw mut (*slot).tts_tid;
+                raw::index_insert(index, v, null, place, table, check, false, info);
+            }
         }
     }
 }

@@ -501,3 +501,21 @@ async fn the_view_is_newest_first_with_one_row_a_statement() -> Result {
     assert_eq!(seen, expected);
     Ok(())
 }
+
+#[tokio::test]
+async fn a_statement_that_is_toasted_is_found_again() -> Result {
+    let (cluster, app) = shop().await?;
+    // Names are kept as they are written; digests of numbers do not compress well.
+    let names = "SELECT string_agg('1 AS c_' || md5(n::text), ', ') FROM generate_series(1, 400) n";
+    let long = format!("SELECT {}", app.value(names).await?);
+    app.run(&long).await?;
+    app.run(&long).await?;
+    let seen = cluster.activity("length(query) > 10000").await?;
+    assert_eq!(seen.len(), 2);
+    let su = cluster.superuser().await?;
+    su.run("SET enable_seqscan = off; SET enable_bitmapscan = off")
+        .await?;
+    let by_index = "SELECT count(*) FROM warden.statement WHERE id > 0 AND length(text) > 10000";
+    assert_eq!(su.number(by_index).await?, 1);
+    cluster.assert_verifies().await
+}

@@ -74,7 +74,9 @@ const READS: &[&str] = &[
 #[tokio::test]
 async fn no_read_shows_what_is_stored() -> Result {
     let (_cluster, app, _) = customers().await?;
-    for sql in READS {
+    // Servers can be built without XML.
+    let xml = app.run("SELECT xmlforest(1 AS x)").await.is_ok();
+    for sql in READS.iter().filter(|sql| xml || !sql.contains("_to_xml")) {
         let shown = format!("{:?}", app.rows(sql).await?).to_lowercase();
         assert!(!shown.contains("secret"), "{sql}: {shown}");
         assert!(!shown.contains("4111 1111"), "{sql}: {shown}");

@@ -221,8 +221,8 @@ async fn a_cached_plan_follows_the_role_and_the_policy() -> Result {
     let (cluster, dba, _) = masked().await?;
     dba.run(
         "CREATE ROLE officers; GRANT SELECT ON customer TO officers;
-         GRANT officers TO app; SELECT warden.unmask_for('officers');
-         ALTER ROLE app NOINHERIT; GRANT SELECT ON customer TO app",
+         ALTER ROLE app NOINHERIT; GRANT officers TO app;
+         SELECT warden.unmask_for('officers'); GRANT SELECT ON customer TO app",
     )
     .await?;
     let app = cluster.connect("app", "postgres").await?;
