@@ -91,7 +91,7 @@ impl Locked<'_> {
     }
 
     /// Records what is counted, if anything is. False if the journal is full: then it stays counted.
-    fn record_counted(&self) -> bool {
+    fn record_counted(&self, reserve: bool) -> bool {
         let window = self.window();
         if window.count == 0 {
             return true;
@@ -100,7 +100,12 @@ impl Locked<'_> {
             return true;
         };
         facts.count = window.count;
-        let recorded = append(self.0.dest.load(Ordering::Relaxed), window.last, &facts);
+        let recorded = append(
+            self.0.dest.load(Ordering::Relaxed),
+            window.last,
+            &facts,
+            reserve,
+        );
         if recorded {
             self.set_window(Window { count: 0, ..window });
         }
@@ -111,7 +116,7 @@ impl Locked<'_> {
 /// Records a refusal, or counts it. `message` tells kinds of refusals apart.
 pub fn refused(dest: u32, message: &[u8], facts: &ConnectionFacts) {
     let at = now();
-    if !counted(dest, message, facts, at) && !append(dest, at, facts) {
+    if !counted(dest, message, facts, at) && !append(dest, at, facts, false) {
         count_unrecorded(dest);
     }
 }
@@ -135,10 +140,10 @@ fn counted(dest: u32, message: &[u8], facts: &ConnectionFacts, at: i64) -> bool 
             return false;
         }
         let mut window = locked.window();
-        let counted = window.count(at, length);
+        let counted = window.add(at, length);
         if counted {
             locked.set_window(window);
-        } else if locked.record_counted() {
+        } else if locked.record_counted(false) {
             locked.set_window(Window::open(at));
         }
         return counted;
@@ -177,7 +182,7 @@ pub fn sweep() {
         }
         if window.count == 0 {
             entry.key.store(0, Ordering::Release);
-        } else if locked.record_counted() {
+        } else if locked.record_counted(false) {
             locked.set_window(Window::open(at));
         }
     }
@@ -190,14 +195,14 @@ pub fn close() {
         if entry.key.load(Ordering::Acquire) != 0
             && let Some(locked) = entry.lock()
         {
-            locked.record_counted();
+            locked.record_counted(true);
         }
     }
 }
 
-/// Refusals must not use up the room that is kept for what has begun.
-fn append(dest: u32, at: i64, facts: &ConnectionFacts) -> bool {
-    journal::append(FrameKind::Connection, dest, &frame(at, -1, facts), false).is_ok()
+/// A storm must not use up the `reserve`: the room that is kept for what has begun.
+fn append(dest: u32, at: i64, facts: &ConnectionFacts, reserve: bool) -> bool {
+    journal::append(FrameKind::Connection, dest, &frame(at, -1, facts), reserve).is_ok()
 }
 
 fn key(dest: u32, message: &[u8], facts: &ConnectionFacts) -> u64 {

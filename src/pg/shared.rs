@@ -1,8 +1,8 @@
 //! What all processes of the cluster share: the journal's positions, the governed databases, and
 //! refused connections that are counted.
 //!
-//! Plain atomics, no lock: a writer that dies cannot leave one held. Sized by constants, so that
-//! nothing depends on a setting. Initialised by the postmaster, again after every crash.
+//! Plain atomics: a writer that dies cannot leave a lock held. (Counted refusals are locked by process
+//! id, which a dead process does not keep.) Sized by constants, so that nothing depends on a setting. Initialised by the postmaster, again after every crash.
 
 use crate::pg::refusals;
 use pgrx::pg_sys;

@@ -369,7 +369,7 @@ impl Window {
 
     /// Counts a refusal, if the window is not over; else it must be recorded, and so must what was
     /// counted before.
-    pub fn count(&mut self, at: i64, length: i64) -> bool {
+    pub fn add(&mut self, at: i64, length: i64) -> bool {
         if self.over(at, length) {
             return false;
         }
@@ -476,7 +476,7 @@ mod tests {
             let mut window: Option<Window> = None;
             for step in &steps {
                 now += step;
-                if window.as_mut().is_some_and(|w| w.count(now, 60)) {
+                if window.as_mut().is_some_and(|w| w.add(now, 60)) {
                     continue;
                 }
                 recorded += 1 + window.map_or(0, |w| w.count);
