@@ -17,3 +17,4 @@ mod readme;
 mod shipping;
 mod symbols;
 mod tampering;
+mod transactions;
