@@ -17,10 +17,12 @@ use warden_core::event::AccessKind;
 use warden_core::guardrail::{Facts, Rule, Rules, Subject, label};
 
 /// The tables that nobody but the recorder writes.
-const LEDGER: [&str; 6] = [
+const LEDGER: [&str; 8] = [
     "session",
     "statement",
+    "transaction",
     "connection_event",
+    "journal_transaction",
     "journal_position",
     "journal_pending",
     "sink_cursor",

@@ -8,7 +8,8 @@
 
 use crate::connection::ConnectionFacts;
 use crate::event::{
-    Event, EventKind, ExecutionFacts, GapFacts, Outcome, SessionFacts, ShapeFacts, flags,
+    Event, EventKind, ExecutionFacts, GapFacts, Outcome, SessionFacts, ShapeFacts,
+    TransactionFacts, flags,
 };
 use crate::tlv::TlvError;
 use base64::Engine;
@@ -120,6 +121,8 @@ struct Line<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     gap: Option<GapFacts>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    transaction: Option<TransactionFacts>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     connection: Option<ConnectionPart>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     flags: Vec<&'static str>,
@@ -185,9 +188,14 @@ struct ExecutionPart {
     sqlstate: String,
     #[serde(skip_serializing_if = "String::is_empty")]
     rule: String,
+    #[serde(skip_serializing_if = "is_zero_u64")]
     position: u64,
     #[serde(skip_serializing_if = "is_zero_u64")]
     parent_position: u64,
+    #[serde(skip_serializing_if = "is_zero_u64")]
+    xid: u64,
+    #[serde(skip_serializing_if = "is_zero")]
+    subtransaction: u32,
 }
 
 #[derive(Serialize)]
@@ -286,6 +294,8 @@ fn flag_names(bits: i32) -> Vec<&'static str> {
         (flags::MASKED, "masked"),
         (flags::PARTIAL, "partial"),
         (flags::BACKGROUND, "background"),
+        (flags::COMMITTED, "committed"),
+        (flags::ROLLED_BACK, "rolled_back"),
     ]
     .into_iter()
     .filter(|(bit, _)| bits.cast_unsigned() & bit != 0)
@@ -342,6 +352,14 @@ pub fn render(origin: &Origin, stored: &Stored, context: Context<'_>) -> String 
         })
         .flatten();
 
+    let transaction = (kind == Some(EventKind::Transaction))
+        .then(|| {
+            TransactionFacts::decode(&e.payload)
+                .map_err(|x| note("transaction payload", &x))
+                .ok()
+        })
+        .flatten();
+
     let (session_facts, shape) = match kind {
         Some(EventKind::Session) => (own_session.as_ref().map(|s| (e.seq, s)), None),
         Some(EventKind::Statement) => (None, own_shape.as_ref().map(|s| (e.seq, s))),
@@ -374,8 +392,11 @@ pub fn render(origin: &Origin, stored: &Stored, context: Context<'_>) -> String 
             rule: x.rule,
             position: x.position,
             parent_position: x.parent,
+            xid: x.xid,
+            subtransaction: x.subtransaction,
         }),
         gap,
+        transaction,
         connection: connection.map(|facts| ConnectionPart {
             facts,
             duration_us: (e.duration_us >= 0).then_some(e.duration_us),
@@ -796,6 +817,7 @@ mod tests {
                     parent: 2048,
                     sqlstate: "57014".into(),
                     rule: String::new(),
+                    ..ExecutionFacts::default()
                 }
                 .encode(),
             },

@@ -18,3 +18,4 @@ mod readme;
 mod shipping;
 mod symbols;
 mod tampering;
+mod transactions;
