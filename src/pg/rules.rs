@@ -349,7 +349,10 @@ unsafe fn resolve(r: *mut pg_sys::RangeVar, kind: AccessKind) -> Target {
     // SAFETY: a valid RangeVar, in a transaction. RVR_MISSING_OK: no error for what is not there.
     unsafe {
         let mut t = named(r, kind);
-        if !(*r).catalogname.is_null() {
+        // Another database's name is the command's own error.
+        if !(*r).catalogname.is_null()
+            && text((*r).catalogname) != text(pg_sys::get_database_name(pg_sys::MyDatabaseId))
+        {
             return t;
         }
         let oid = pg_sys::RangeVarGetRelidExtended(
