@@ -1083,8 +1083,9 @@ unsafe extern "C" {
 
 /// Whether this is a foreign key's own query. Those read what is stored, whoever made them run. But
 /// a user's trigger that a cascade fires runs in the same security context, so the context alone
-/// proves nothing: the query must have the form that PostgreSQL gives it, must not come from a
-/// procedural language, and may read key columns only, whose presence foreign keys tell anyway.
+/// proves nothing: the query must come from SPI, and not from a procedural language; must have the
+/// form that PostgreSQL gives it, keys equal to parameters; and may read key columns only, whose
+/// presence foreign keys tell anyway.
 unsafe fn is_integrity_check(q: *mut pg_sys::Query, source: *const c_char) -> bool {
     // SAFETY: a valid query and its text or null; the error context stack is PostgreSQL's.
     unsafe {
@@ -1102,8 +1103,14 @@ unsafe fn is_integrity_check(q: *mut pg_sys::Query, source: *const c_char) -> bo
             return false;
         }
         let spi = pg_sys::error_context_stack;
-        if spi.is_null() || (!(*spi).previous.is_null() && is_foreign((*(*spi).previous).callback))
+        if spi.is_null()
+            || (*spi).arg.is_null()
+            || (!(*spi).previous.is_null() && is_foreign((*(*spi).previous).callback))
         {
+            return false;
+        }
+        // SPI's argument starts with the query's text; that of SQL functions does not.
+        if *(*spi).arg.cast::<*const c_char>() != source {
             return false;
         }
         if !(*q).cteList.is_null() || (*q).hasSubLinks || length((*q).rtable) != 1 {
@@ -1111,7 +1118,12 @@ unsafe fn is_integrity_check(q: *mut pg_sys::Query, source: *const c_char) -> bo
         }
         let rte = pg_sys::list_nth((*q).rtable, 0).cast::<pg_sys::RangeTblEntry>();
         match (*rte).rtekind {
-            pg_sys::RTEKind::RTE_RELATION => reads_keys_only(q, rte),
+            pg_sys::RTEKind::RTE_RELATION => {
+                !pg_sys::contain_var_clause((*q).targetList.cast())
+                    && (*q).havingQual.is_null()
+                    && compares_keys(q)
+                    && reads_keys_only(q, rte)
+            }
             // WITHOUT OVERLAPS, since 18.
             pg_sys::RTEKind::RTE_SUBQUERY => {
                 let inner = (*rte).subquery;
@@ -1122,10 +1134,73 @@ unsafe fn is_integrity_check(q: *mut pg_sys::Query, source: *const c_char) -> bo
                     return false;
                 }
                 let rte = pg_sys::list_nth((*inner).rtable, 0).cast::<pg_sys::RangeTblEntry>();
-                (*rte).rtekind == pg_sys::RTEKind::RTE_RELATION && reads_keys_only(inner, rte)
+                (*rte).rtekind == pg_sys::RTEKind::RTE_RELATION
+                    && compares_keys(inner)
+                    && reads_keys_only(inner, rte)
             }
             _ => false,
         }
+    }
+}
+
+/// Whether the condition of a query is of columns that are equal to parameters, and no more.
+unsafe fn compares_keys(q: *mut pg_sys::Query) -> bool {
+    let mut parameters = false;
+    // SAFETY: a valid query; the context outlives the walk.
+    unsafe {
+        let quals = (*(*q).jointree).quals;
+        !quals.is_null()
+            && !is_no_comparison(quals, std::ptr::from_mut(&mut parameters).cast())
+            && parameters
+    }
+}
+
+/// Range && range, of pg_operator.dat: how keys WITHOUT OVERLAPS are compared.
+const RANGE_OVERLAPS: Oid = Oid::from_u32(3888);
+
+#[pg_guard]
+unsafe extern "C-unwind" fn is_no_comparison(n: *mut pg_sys::Node, context: *mut c_void) -> bool {
+    // SAFETY: called with our context, directly or by PostgreSQL's walkers.
+    unsafe {
+        if n.is_null() {
+            return false;
+        }
+        match (*n).type_ {
+            T::T_Param => {
+                *context.cast::<bool>() = true;
+                return false;
+            }
+            T::T_Var | T::T_Const => return false,
+            T::T_List
+            | T::T_RelabelType
+            | T::T_CoerceViaIO
+            | T::T_ArrayCoerceExpr
+            | T::T_CollateExpr => {}
+            T::T_BoolExpr => {
+                let and = pg_sys::BoolExprType::AND_EXPR;
+                if (*n.cast::<pg_sys::BoolExpr>()).boolop != and {
+                    return true;
+                }
+            }
+            T::T_FuncExpr => {
+                // An implicit cast.
+                let function = (*n.cast::<pg_sys::FuncExpr>()).funcid;
+                if function.to_u32() >= pg_sys::FirstNormalObjectId {
+                    return true;
+                }
+            }
+            T::T_OpExpr => {
+                // Only a superuser makes an operator the equality of an operator family.
+                let operator = (*n.cast::<pg_sys::OpExpr>()).opno;
+                if operator != RANGE_OVERLAPS
+                    && pg_sys::get_mergejoin_opfamilies(operator).is_null()
+                {
+                    return true;
+                }
+            }
+            _ => return true,
+        }
+        pg_sys::expression_tree_walker(n, Some(is_no_comparison), context)
     }
 }
 

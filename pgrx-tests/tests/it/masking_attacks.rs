@@ -389,3 +389,50 @@ async fn a_function_of_the_same_name_does_not_take_a_masks_place() -> Result {
     );
     Ok(())
 }
+
+#[tokio::test]
+async fn a_function_inside_a_cascade_is_no_foreign_key() -> Result {
+    let (cluster, dba, app) = masked().await?;
+    dba.run("CREATE UNIQUE INDEX ON customer (email)").await?;
+    app.run(
+        "CREATE TABLE p (id int PRIMARY KEY); CREATE TABLE c (id int REFERENCES p ON DELETE CASCADE);
+         CREATE TABLE stolen (email text); CREATE TABLE victim (n int); INSERT INTO victim VALUES (1);
+         CREATE FUNCTION leak(e text) RETURNS bool LANGUAGE plpgsql AS
+             $$ BEGIN INSERT INTO stolen VALUES (e); RETURN false; END $$;
+         CREATE FUNCTION reads() RETURNS SETOF int LANGUAGE sql AS
+             'SELECT 1 FROM public.customer WHERE leak(email)';
+         CREATE FUNCTION one(wanted text) RETURNS SETOF int LANGUAGE sql AS
+             'SELECT 1 FROM public.customer WHERE email = $1';
+         CREATE FUNCTION deletes() RETURNS void LANGUAGE sql AS 'DELETE FROM public.victim';
+         CREATE TABLE told (n int)",
+    )
+    .await?;
+    for (n, body) in [
+        "PERFORM * FROM reads()",
+        &format!("INSERT INTO told SELECT * FROM one('{EMAIL}')"),
+        "PERFORM deletes()",
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        app.run(&format!(
+            "CREATE OR REPLACE FUNCTION tf() RETURNS trigger LANGUAGE plpgsql AS
+                 $$ BEGIN {body}; RETURN OLD; END $$;
+             CREATE OR REPLACE TRIGGER t BEFORE DELETE ON c FOR EACH ROW EXECUTE FUNCTION tf();
+             INSERT INTO p VALUES ({n}); INSERT INTO c VALUES ({n})"
+        ))
+        .await?;
+        let deleted = app.run(&format!("DELETE FROM p WHERE id = {n}")).await;
+        assert_eq!(deleted.is_err(), body.contains("deletes"), "{body}");
+    }
+    let shown = app.column("SELECT email FROM stolen").await?;
+    assert_eq!(shown.len(), 2);
+    assert!(!shown.contains(&EMAIL.to_owned()), "{shown:?}");
+    assert_eq!(app.number("SELECT count(*) FROM told").await?, 0);
+    assert_eq!(app.number("SELECT count(*) FROM victim").await?, 1);
+    let read = cluster
+        .activity("'public.customer' = ANY (relations) AND nested")
+        .await?;
+    assert!(read.len() >= 2, "{read:#?}");
+    Ok(())
+}
