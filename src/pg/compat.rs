@@ -118,3 +118,22 @@ pub unsafe fn natts(relid: pg_sys::Oid) -> i16 {
         n
     }
 }
+
+/// Whether the current user owns a database.
+///
+/// # Safety
+/// In a transaction.
+pub unsafe fn owns_database(database: pg_sys::Oid) -> bool {
+    // SAFETY: a catalog look-up.
+    unsafe {
+        let user = pg_sys::GetUserId();
+        #[cfg(feature = "pg15")]
+        {
+            pg_sys::pg_database_ownercheck(database, user)
+        }
+        #[cfg(not(feature = "pg15"))]
+        {
+            pg_sys::object_ownercheck(pg_sys::DatabaseRelationId, database, user)
+        }
+    }
+}

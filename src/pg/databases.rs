@@ -6,7 +6,7 @@
 use crate::pg::local::Local;
 use crate::pg::session::text;
 use crate::pg::shared::{SlotState, shared};
-use crate::pg::{policy, record, worker};
+use crate::pg::{compat, policy, record, worker};
 use pgrx::pg_sys::{self, NodeTag as T};
 use std::sync::atomic::Ordering;
 
@@ -52,7 +52,15 @@ pub unsafe fn make_room(node: *mut pg_sys::Node) -> bool {
     let name = unsafe {
         match (*node).type_ {
             T::T_DropdbStmt => (*node.cast::<pg_sys::DropdbStmt>()).dbname,
-            T::T_AlterDatabaseStmt => (*node.cast::<pg_sys::AlterDatabaseStmt>()).dbname,
+            T::T_AlterDatabaseStmt => {
+                let s = node.cast::<pg_sys::AlterDatabaseStmt>();
+                let moves = compat::pointers::<pg_sys::DefElem>((*s).options)
+                    .any(|option| text((*option).defname) == "tablespace");
+                if !moves {
+                    return false;
+                }
+                (*s).dbname
+            }
             T::T_RenameStmt => {
                 let s = node.cast::<pg_sys::RenameStmt>();
                 if (*s).renameType != pg_sys::ObjectType::OBJECT_DATABASE {
@@ -78,6 +86,15 @@ pub unsafe fn make_room(node: *mut pg_sys::Node) -> bool {
     else {
         return false;
     };
+    // Whoever may not do it does not get that far: our workers are not for everyone to stop.
+    // SAFETY: catalog look-ups in a transaction.
+    let allowed = unsafe {
+        compat::owns_database(database)
+            || ((*node).type_ == T::T_CreatedbStmt && record::is_template(database))
+    };
+    if !allowed {
+        return false;
+    }
     slot.paused_by
         .store(std::process::id() as i32, Ordering::Release);
     PAUSED.set(database.to_u32());
@@ -99,7 +116,7 @@ pub unsafe fn make_room(node: *mut pg_sys::Node) -> bool {
 unsafe fn template_of(s: *mut pg_sys::CreatedbStmt) -> *const std::ffi::c_char {
     // SAFETY: a list of DefElem nodes.
     unsafe {
-        for option in crate::pg::compat::pointers::<pg_sys::DefElem>((*s).options) {
+        for option in compat::pointers::<pg_sys::DefElem>((*s).options) {
             if text((*option).defname) == "template" {
                 return pg_sys::defGetString(option);
             }

@@ -434,6 +434,10 @@ unsafe extern "C-unwind" fn before_utility(source: *const c_char, d: *mut Decide
         let sql = statement_text(source, (*stmt).stmt_location, (*stmt).stmt_len);
         let utility = rules::examine(node);
         let installed = policy::installed();
+        if installed && pg_sys::IsTransactionState() {
+            // So that they are known if the command fails: no catalog can be read then.
+            policy::masks();
+        }
         let decision = if installed {
             check_identity(|| rules::ends_transaction(node))
                 .and_then(|()| rules::check_utility(&utility))

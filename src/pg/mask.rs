@@ -1688,7 +1688,7 @@ unsafe extern "C-unwind" {
 /// Between [`crate::pg::chain::call`] and its end, in a transaction that has not been aborted yet.
 pub unsafe fn scrubbed_error() -> *mut pg_sys::ErrorData {
     let code = crate::pg::raise::unpack_sqlstate(crate::pg::chain::caught_sqlstate());
-    let Some(masks) = policy::cached_masks() else {
+    let Some(masks) = policy::last_masks() else {
         return std::ptr::null_mut();
     };
     // Integrity constraints, and WITH CHECK OPTION.
@@ -1704,7 +1704,8 @@ pub unsafe fn scrubbed_error() -> *mut pg_sys::ErrorData {
             pg_sys::MessageContext
         };
         let error = pg_sys::CopyErrorData();
-        let shown = (*error).detail.is_null() || !names_masked(&masks, error) || masks.exempts();
+        let shown =
+            (*error).detail.is_null() || !names_masked(&masks, error) || masks.exempts_client();
         if shown {
             pg_sys::FreeErrorData(error);
             pg_sys::CurrentMemoryContext = old;

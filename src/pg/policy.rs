@@ -37,6 +37,8 @@ struct State {
     generation: u64,
     schema: Option<pg_sys::Oid>,
     masks: Option<Rc<Masks>>,
+    /// The masks before they were forgotten.
+    former: Option<Rc<Masks>>,
     by_relation: HashMap<u32, Option<Rc<RelMasks>>>,
 }
 
@@ -49,6 +51,7 @@ fn with<R>(f: impl FnOnce(&mut State) -> R) -> R {
             generation: 1,
             schema: None,
             masks: None,
+            former: None,
             by_relation: HashMap::new(),
         }))
     })
@@ -73,7 +76,7 @@ pub fn forget() {
     with(|s| {
         s.generation += 1;
         s.schema = None;
-        s.masks = None;
+        s.former = s.masks.take().or_else(|| s.former.take());
         s.by_relation.clear();
     });
 }
@@ -216,9 +219,9 @@ pub fn masks() -> Rc<Masks> {
     masks
 }
 
-/// The masks, if they have been read already: for where catalogs cannot be.
-pub fn cached_masks() -> Option<Rc<Masks>> {
-    with(|s| s.masks.clone())
+/// The masks as they were last read: for where catalogs cannot be.
+pub fn last_masks() -> Option<Rc<Masks>> {
+    with(|s| s.masks.clone().or_else(|| s.former.clone()))
 }
 
 fn with_children(relation: pg_sys::Oid) -> Vec<pg_sys::Oid> {
@@ -266,13 +269,23 @@ impl Masks {
     /// Whether the current identity reads what is stored: it has the privileges of an exempt role,
     /// being a superuser does not count, and it is no AI agent.
     pub fn exempts(&self) -> bool {
+        // SAFETY: reads a variable of this process.
+        self.exempts_user(unsafe { pg_sys::GetUserId() })
+    }
+
+    /// The same for the client, whatever function of whichever owner runs for it now.
+    pub fn exempts_client(&self) -> bool {
+        // SAFETY: reads a variable of this process.
+        self.exempts_user(unsafe { pg_sys::GetOuterUserId() })
+    }
+
+    fn exempts_user(&self, user: pg_sys::Oid) -> bool {
         if self.exempt.is_empty() || identity::is_agent() {
             return false;
         }
         // SAFETY: catalog look-ups in a transaction. A superuser has the privileges of every role:
         // for one, being granted the role is asked for.
         unsafe {
-            let user = pg_sys::GetUserId();
             let superuser = pg_sys::superuser_arg(user);
             self.exempt.iter().any(|role| {
                 let role = pg_sys::Oid::from(*role);

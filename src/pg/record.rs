@@ -112,7 +112,7 @@ pub fn destination() -> u32 {
 }
 
 /// Workers keep out of templates: CREATE DATABASE needs them unused.
-fn is_template(database: pg_sys::Oid) -> bool {
+pub fn is_template(database: pg_sys::Oid) -> bool {
     // SAFETY: in a transaction; the tuple is released before it is forgotten.
     unsafe {
         let key = pg_sys::Datum::from(database);

@@ -104,3 +104,31 @@ async fn dropping_a_database_loses_no_event_of_another() -> Result {
     );
     cluster.assert_verifies().await
 }
+
+#[tokio::test]
+async fn who_may_not_touch_a_database_does_not_stop_its_workers() -> Result {
+    let cluster = Cluster::with_warden().await?;
+    let su = cluster.superuser().await?;
+    su.run("CREATE DATABASE second").await?;
+    su.run("ALTER ROLE app CREATEDB").await?;
+    cluster.drained().await?;
+    let workers = "SELECT string_agg(pid::text, ',' ORDER BY pid) FROM pg_stat_activity
+         WHERE backend_type IN ('pg_warden recorder', 'pg_warden shipper')";
+    let before = su.value(workers).await?;
+    let app = cluster.connect("app", "second").await?;
+    for sql in [
+        "DROP DATABASE postgres",
+        "ALTER DATABASE postgres RENAME TO mine",
+        "ALTER DATABASE postgres SET TABLESPACE pg_default",
+        "ALTER DATABASE postgres ALLOW_CONNECTIONS true",
+        "CREATE DATABASE third TEMPLATE postgres",
+    ] {
+        let refused = app.sqlstate(sql).await?;
+        assert!(
+            ["42501", "55006"].contains(&refused.as_str()),
+            "{sql}: {refused}"
+        );
+    }
+    assert_eq!(su.value(workers).await?, before);
+    Ok(())
+}

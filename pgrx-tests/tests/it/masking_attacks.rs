@@ -436,3 +436,34 @@ async fn a_function_inside_a_cascade_is_no_foreign_key() -> Result {
     assert!(read.len() >= 2, "{read:#?}");
     Ok(())
 }
+
+#[tokio::test]
+async fn an_exempt_owners_function_does_not_lend_its_errors() -> Result {
+    let (cluster, dba, _) = masked().await?;
+    dba.run(
+        "CREATE ROLE officer; SELECT warden.unmask_for('officer');
+         GRANT SELECT, UPDATE ON customer TO officer; GRANT CREATE ON SCHEMA public TO officer;
+         ALTER TABLE customer ADD CHECK (id > 0);
+         SET ROLE officer;
+         CREATE FUNCTION turn(n int) RETURNS void LANGUAGE sql SECURITY DEFINER AS
+             'UPDATE customer SET id = -n WHERE id = n';
+         RESET ROLE",
+    )
+    .await?;
+    let app = cluster.connect("app", "postgres").await?;
+    for sql in ["SELECT turn(1)", "UPDATE customer SET id = -1 WHERE id = 1"] {
+        let error = app.error(sql).await?;
+        assert_eq!(error.code().code(), "23514", "{sql}");
+        assert!(!format!("{error:?}").contains("novak"), "{sql}: {error:?}");
+    }
+    // A session whose first statement it is.
+    dba.run("CREATE UNIQUE INDEX ON customer (phone)").await?;
+    let fresh = cluster.psql(
+        "app",
+        "postgres",
+        "COPY customer FROM STDIN;\n9\tx\ty\t+49 30 1234567\t2000-01-01\n\\.\n",
+    )?;
+    assert!(fresh.contains("unique constraint"), "{fresh}");
+    assert!(fresh.contains("not shown"), "{fresh}");
+    Ok(())
+}
