@@ -28,6 +28,26 @@ BEGIN
 END
 $$;
 
+-- Who owned the schema before could rename it, or put functions of its own into it.
+DO $$
+BEGIN
+    IF NOT EXISTS (
+        SELECT FROM pg_catalog.pg_namespace n JOIN pg_catalog.pg_roles r ON r.oid = n.nspowner
+        WHERE n.nspname = 'warden' AND (r.rolsuper OR r.rolname = current_user)
+    ) THEN
+        RAISE EXCEPTION 'schema "warden" belongs to another role'
+            USING ERRCODE = 'object_not_in_prerequisite_state', HINT = 'Drop the schema first.';
+    END IF;
+    IF EXISTS (SELECT FROM pg_catalog.pg_class WHERE relnamespace = 'warden'::pg_catalog.regnamespace)
+       OR EXISTS (SELECT FROM pg_catalog.pg_proc WHERE pronamespace = 'warden'::pg_catalog.regnamespace)
+       OR EXISTS (SELECT FROM pg_catalog.pg_type WHERE typnamespace = 'warden'::pg_catalog.regnamespace)
+    THEN
+        RAISE EXCEPTION 'schema "warden" is not empty'
+            USING ERRCODE = 'object_not_in_prerequisite_state', HINT = 'Drop the schema first.';
+    END IF;
+END
+$$;
+
 COMMENT ON SCHEMA warden IS 'pg_warden: policies, ledger and reports';
 GRANT USAGE ON SCHEMA warden TO PUBLIC;
 

@@ -1423,8 +1423,14 @@ pub unsafe fn calls_only_identity_functions(stmt: *mut pg_sys::PlannedStmt) -> b
         entries.peek().is_some()
             && entries.all(|e| {
                 let expr = (*e).expr;
-                (*expr).type_ == T::T_FuncExpr
-                    && identity::is_identity_function((*expr.cast::<pg_sys::FuncExpr>()).funcid)
+                if (*expr).type_ != T::T_FuncExpr {
+                    return false;
+                }
+                // Nothing may be run to find the argument.
+                let call = expr.cast::<pg_sys::FuncExpr>();
+                let plain = pointers::<pg_sys::Node>((*call).args)
+                    .all(|a| matches!((*a).type_, T::T_Const | T::T_Param));
+                plain && identity::is_identity_function((*call).funcid)
             })
     }
 }

@@ -28,6 +28,9 @@ const LEDGER: [&str; 8] = [
     "sink_cursor",
 ];
 
+/// What would take the extension, or its schema, apart.
+const OURS: &str = "ALTER EXTENSION pg_warden";
+
 static CACHE: Local<Option<(u64, Rc<Rules>)>> = Local::new(None);
 
 unsafe extern "C" {
@@ -264,6 +267,19 @@ pub unsafe fn examine(node: *mut pg_sys::Node) -> Utility {
             T::T_RenameStmt => {
                 let s = node.cast::<pg_sys::RenameStmt>();
                 u.targets.extend(relation_or_none((*s).relation));
+                if (*s).renameType == pg_sys::ObjectType::OBJECT_SCHEMA
+                    && text((*s).subname) == "warden"
+                {
+                    u.labels.push(OURS);
+                }
+            }
+            T::T_AlterOwnerStmt => {
+                let s = node.cast::<pg_sys::AlterOwnerStmt>();
+                if (*s).objectType == pg_sys::ObjectType::OBJECT_SCHEMA
+                    && string_value((*s).object) == "warden"
+                {
+                    u.labels.push(OURS);
+                }
             }
             T::T_AlterObjectSchemaStmt => {
                 let s = node.cast::<pg_sys::AlterObjectSchemaStmt>();
@@ -305,7 +321,7 @@ pub unsafe fn examine(node: *mut pg_sys::Node) -> Utility {
             T::T_AlterExtensionContentsStmt => {
                 let s = node.cast::<pg_sys::AlterExtensionContentsStmt>();
                 if text((*s).extname) == "pg_warden" {
-                    u.labels.push("ALTER EXTENSION pg_warden");
+                    u.labels.push(OURS);
                 }
             }
             _ => u.changes = false,
@@ -450,7 +466,7 @@ pub fn check_utility(u: &Utility) -> Result<(), Refusal> {
             if let Some(t) = hit.filter(|_| !unsafe { pg_sys::creating_extension }) {
                 return Err(ledger_refusal(&t.relation));
             }
-            if u.labels.contains(&"ALTER EXTENSION pg_warden") {
+            if u.labels.contains(&OURS) {
                 return Err(ledger_refusal("*"));
             }
         }

@@ -160,3 +160,27 @@ async fn security_definer_functions_pin_their_search_path() -> Result {
     assert_eq!(loose, Vec::<String>::new());
     Ok(())
 }
+
+#[tokio::test]
+async fn the_schema_belongs_to_who_installs() -> Result {
+    let cluster = Cluster::with_warden().await?;
+    let su = cluster.superuser().await?;
+    su.run("CREATE DATABASE theirs OWNER app").await?;
+    let app = cluster.connect("app", "theirs").await?;
+    let su = cluster.connect("postgres", "theirs").await?;
+    app.run("CREATE SCHEMA warden").await?;
+    let create = "CREATE EXTENSION pg_warden";
+    assert_eq!(su.sqlstate(create).await?, "55000");
+    su.run("ALTER SCHEMA warden OWNER TO postgres; CREATE FUNCTION warden.mine() RETURNS int LANGUAGE sql AS 'SELECT 1'")
+        .await?;
+    assert_eq!(su.sqlstate(create).await?, "55000");
+    su.run("DROP SCHEMA warden CASCADE").await?;
+    su.run(create).await?;
+    for sql in [
+        "ALTER SCHEMA warden RENAME TO elsewhere",
+        "ALTER SCHEMA warden OWNER TO app",
+    ] {
+        assert_eq!(su.sqlstate(sql).await?, "WA001", "{sql}");
+    }
+    Ok(())
+}
