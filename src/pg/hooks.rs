@@ -9,7 +9,7 @@ use crate::pg::raise::{self, Raised};
 use crate::pg::record::{self, Begun};
 use crate::pg::shape::{self, statement_text};
 use crate::pg::{
-    chain, databases, identity, local::Local, mask, policy, rules, transaction, worker,
+    chain, databases, identity, local::Local, mask, parallel, policy, rules, transaction, worker,
 };
 use pgrx::{pg_guard, pg_sys};
 use std::ffi::{c_char, c_int, c_void};
@@ -95,7 +95,8 @@ unsafe extern "C-unwind" fn planner(
     // SAFETY: PostgreSQL's own arguments, passed on; nothing here has a destructor.
     unsafe {
         let mut refused = None;
-        let notes = before_planner(parse, source, &mut refused);
+        let mut options = options;
+        let notes = before_planner(parse, source, &mut options, &mut refused);
         if let Some(refused) = refused {
             raise::raise(refused);
         }
@@ -113,14 +114,17 @@ unsafe extern "C-unwind" fn planner(
 unsafe extern "C-unwind" fn before_planner(
     parse: *mut pg_sys::Query,
     source: *const c_char,
+    options: *mut c_int,
     refused: *mut Option<Raised>,
 ) -> *mut pg_sys::List {
     // Not `passes()`: functions that a parallel worker runs have queries of their own to mask.
     if worker::in_worker() || !policy::installed() {
         return std::ptr::null_mut();
     }
-    // SAFETY: a valid query, in a transaction; `refused` is the trampoline's.
+    // SAFETY: a valid query, in a transaction; `options` and `refused` are the trampoline's.
     unsafe {
+        // First: nothing here has a destructor yet.
+        *options = parallel::options(parse, *options);
         let labels = rules::without_where(parse);
         match mask::mask_query(parse, source) {
             Ok(outcome) => mask::notes(&outcome, &labels),

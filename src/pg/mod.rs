@@ -12,6 +12,7 @@ pub mod launcher;
 pub mod ledger_table;
 pub mod local;
 pub mod mask;
+pub mod parallel;
 pub mod policy;
 pub mod port;
 pub mod raise;

@@ -519,3 +519,26 @@ async fn a_statement_that_is_toasted_is_found_again() -> Result {
     assert_eq!(su.number(by_index).await?, 1);
     cluster.assert_verifies().await
 }
+
+#[tokio::test]
+async fn parallel_workers_run_no_statements_of_their_own() -> Result {
+    let (cluster, app) = shop().await?;
+    app.run(
+        "CREATE FUNCTION peek(q text) RETURNS text LANGUAGE plpgsql STABLE PARALLEL SAFE AS
+             $$ DECLARE r text; BEGIN EXECUTE q INTO r; RETURN r; END $$;
+         CREATE FUNCTION safe(n int) RETURNS int LANGUAGE sql IMMUTABLE PARALLEL SAFE AS 'SELECT n + 1';
+         SET force_parallel_mode = on",
+    )
+    .await?;
+    let peek = "SELECT peek('SELECT name AS peeked FROM item LIMIT 1')";
+    app.run(peek).await?;
+    let inner = cluster
+        .the_activity("query LIKE '%AS peeked%' AND nested")
+        .await?;
+    assert_eq!(inner["login_role"], "app");
+    for (sql, parallel) in [(peek, false), ("SELECT count(*) FROM item", true)] {
+        let plan = app.column(&format!("EXPLAIN {sql}")).await?.concat();
+        assert_eq!(plan.contains("Gather"), parallel, "{sql}: {plan}");
+    }
+    Ok(())
+}
