@@ -525,9 +525,13 @@ async fn parallel_workers_run_no_statements_of_their_own() -> Result {
     let (cluster, app) = shop().await?;
     app.run(
         "CREATE FUNCTION peek(q text) RETURNS text LANGUAGE plpgsql STABLE PARALLEL SAFE AS
-             $$ DECLARE r text; BEGIN EXECUTE q INTO r; RETURN r; END $$;
-         CREATE FUNCTION safe(n int) RETURNS int LANGUAGE sql IMMUTABLE PARALLEL SAFE AS 'SELECT n + 1';
-         SET force_parallel_mode = on",
+             $$ DECLARE r text; BEGIN EXECUTE q INTO r; RETURN r; END $$",
+    )
+    .await?;
+    // It has another name since 16.
+    app.run(
+        "SELECT set_config(name, 'on', false) FROM pg_settings
+         WHERE name IN ('force_parallel_mode', 'debug_parallel_query')",
     )
     .await?;
     let peek = "SELECT peek('SELECT name AS peeked FROM item LIMIT 1')";
