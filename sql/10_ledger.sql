@@ -157,6 +157,11 @@ CREATE FUNCTION warden.event_detail(kind smallint, payload bytea) RETURNS jsonb
     AS 'MODULE_PATHNAME', 'event_detail_wrapper';
 COMMENT ON FUNCTION warden.event_detail(smallint, bytea) IS 'Details of a ledger event, as JSON';
 
+CREATE FUNCTION warden.journal_append_cost(frames integer DEFAULT 100000) RETURNS double precision
+    LANGUAGE c VOLATILE STRICT AS 'MODULE_PATHNAME', 'journal_append_cost_wrapper';
+COMMENT ON FUNCTION warden.journal_append_cost(integer) IS 'Nanoseconds that an append to the journal takes on this machine; what it appends belongs to no ledger. For superusers';
+REVOKE ALL ON FUNCTION warden.journal_append_cost(integer) FROM PUBLIC;
+
 CREATE FUNCTION warden.verify(from_seq bigint DEFAULT 1, to_seq bigint DEFAULT NULL)
     RETURNS TABLE (ok boolean, checked bigint, first_bad bigint, problem text)
     LANGUAGE c VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp

@@ -1,6 +1,6 @@
 //! SQL functions of the ledger. Declared in `sql/10_ledger.sql`.
 
-use crate::pg::ledger_table;
+use crate::pg::{journal, ledger_table};
 use pgrx::prelude::*;
 
 /// `warden.event_detail(kind, payload)`.
@@ -38,4 +38,10 @@ fn ledger_verify(
 #[pg_extern(sql = false)]
 fn ledger_begin() {
     ledger_table::begin();
+}
+
+/// `warden.journal_append_cost(frames)`.
+#[pg_extern(sql = false)]
+fn journal_append_cost(frames: i32) -> f64 {
+    journal::append_cost(frames.clamp(1, 1_000_000).unsigned_abs())
 }

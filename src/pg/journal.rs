@@ -21,6 +21,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 use warden_core::frame::{self, FrameKind, HEADER, Header, MAX_PAYLOAD};
 
 /// Bytes of a segment.
@@ -80,6 +81,17 @@ pub fn append(kind: FrameKind, dest: u32, payload: &[u8], reserve: bool) -> Resu
         publish(sh, page, start, &header, payload);
         return Ok(start);
     }
+}
+
+/// Nanoseconds that an append takes here and now, of as many frames as an outcome's as there is room
+/// for, at most `frames`. They belong to no ledger.
+pub fn append_cost(frames: u32) -> f64 {
+    let payload = [0u8; frame::Outcome::FIXED];
+    let start = Instant::now();
+    let done = (0..frames)
+        .take_while(|_| append(FrameKind::Outcome, 0, &payload, false).is_ok())
+        .count();
+    start.elapsed().as_nanos() as f64 / done.max(1) as f64
 }
 
 /// Writes a reserved frame; its first word last.
