@@ -69,7 +69,9 @@ CREATE TABLE warden.statement (
     text text NOT NULL,
     fingerprint text NOT NULL,
     relations jsonb NOT NULL,
-    masked jsonb NOT NULL
+    masked jsonb NOT NULL,
+    full_length bigint,
+    digest bytea
 );
 CREATE INDEX statement_key_idx ON warden.statement (key);
 COMMENT ON TABLE warden.statement IS 'Projection of statement events: what was asked, without literals';
@@ -79,6 +81,8 @@ COMMENT ON COLUMN warden.statement.text IS 'Statement with $n in place of litera
 COMMENT ON COLUMN warden.statement.fingerprint IS 'pg_query fingerprint: the same on every server version; empty if the text cannot be parsed';
 COMMENT ON COLUMN warden.statement.relations IS 'Relations and columns, by kind of access';
 COMMENT ON COLUMN warden.statement.masked IS 'Columns that were masked, and by which function';
+COMMENT ON COLUMN warden.statement.full_length IS 'Bytes of the text before it was cut; NULL if it was not';
+COMMENT ON COLUMN warden.statement.digest IS 'SHA-256 of the whole text, if it was cut';
 
 CREATE TABLE warden.journal_position (
     position bigint NOT NULL,
@@ -107,6 +111,11 @@ CREATE FUNCTION warden.event_detail(kind smallint, payload bytea) RETURNS jsonb
     LANGUAGE c IMMUTABLE STRICT PARALLEL SAFE
     AS 'MODULE_PATHNAME', 'event_detail_wrapper';
 COMMENT ON FUNCTION warden.event_detail(smallint, bytea) IS 'Details of a ledger event, as JSON';
+
+CREATE FUNCTION warden.value_digest(value text) RETURNS text
+    LANGUAGE c STABLE STRICT PARALLEL SAFE
+    AS 'MODULE_PATHNAME', 'value_digest_wrapper';
+COMMENT ON FUNCTION warden.value_digest(text) IS 'The digest under which this value is recorded, to search warden.activity.parameters for it';
 
 CREATE FUNCTION warden.verify(from_seq bigint DEFAULT 1, to_seq bigint DEFAULT NULL)
     RETURNS TABLE (ok boolean, checked bigint, first_bad bigint, problem text)
@@ -144,7 +153,11 @@ SELECT e.seq,
        NULLIF(warden.event_detail(e.kind, e.payload) ->> 'rule', '') AS rule,
        e.flags & 1 <> 0 AS nested,
        (warden.event_detail(e.kind, e.payload) ->> 'position')::bigint AS position,
-       NULLIF((warden.event_detail(e.kind, e.payload) ->> 'parent')::bigint, 0) AS parent_position
+       NULLIF((warden.event_detail(e.kind, e.payload) ->> 'parent')::bigint, 0) AS parent_position,
+       ARRAY(SELECT pg_catalog.jsonb_array_elements_text(
+                 warden.event_detail(e.kind, e.payload) -> 'parameters')) AS parameters,
+       q.full_length AS query_length,
+       q.digest AS query_digest
 FROM warden.event e
 LEFT JOIN warden.session s ON s.id = e.session
 LEFT JOIN warden.statement q ON q.id = e.statement
@@ -154,6 +167,9 @@ COMMENT ON VIEW warden.activity IS 'Who did what, when, from where, and what cam
 COMMENT ON COLUMN warden.activity.query IS 'Statement with $n in place of literals';
 COMMENT ON COLUMN warden.activity.columns IS 'Relations and columns, by kind of access';
 COMMENT ON COLUMN warden.activity.rule IS 'Guardrail or mask that decided';
+COMMENT ON COLUMN warden.activity.parameters IS 'Values of the $n in query, as warden.record_parameters says';
+COMMENT ON COLUMN warden.activity.query_length IS 'Bytes of query before it was cut; NULL if it was not';
+COMMENT ON COLUMN warden.activity.query_digest IS 'SHA-256 of the whole query, if it was cut';
 COMMENT ON COLUMN warden.activity.position IS 'Identifies the execution in its cluster';
 COMMENT ON COLUMN warden.activity.parent_position IS 'position of the statement that ran this one';
 
@@ -161,6 +177,8 @@ REVOKE ALL ON warden.event, warden.event_p00000, warden.session, warden.statemen
     warden.journal_position, warden.journal_pending, warden.activity FROM PUBLIC;
 GRANT SELECT ON warden.event, warden.session, warden.statement, warden.journal_position,
     warden.activity TO warden_auditor;
-REVOKE ALL ON FUNCTION warden.event_detail(smallint, bytea), warden.verify(bigint, bigint) FROM PUBLIC;
+REVOKE ALL ON FUNCTION warden.event_detail(smallint, bytea), warden.verify(bigint, bigint),
+    warden.value_digest(text) FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION warden.value_digest(text) TO warden_auditor;
 GRANT EXECUTE ON FUNCTION warden.event_detail(smallint, bytea) TO warden_auditor, warden_admin;
 GRANT EXECUTE ON FUNCTION warden.verify(bigint, bigint) TO warden_auditor, warden_admin;

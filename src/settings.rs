@@ -18,6 +18,20 @@ pub enum OnJournalFull {
     gap,
 }
 
+/// What is recorded of literals and bind parameters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PostgresGucEnum)]
+#[allow(non_camel_case_types, reason = "the names are the setting's values")]
+pub enum RecordParameters {
+    /// Nothing.
+    none,
+    /// Keyed digests: equal values can be recognised.
+    digest,
+    /// Values, but digests of what is masked and of what a detector knows.
+    safe,
+    /// Values.
+    all,
+}
+
 /// Where the journal lives. Its own disk protects it from a data directory that is full.
 static JOURNAL_DIRECTORY: GucSetting<Option<CString>> =
     GucSetting::<Option<CString>>::new(Some(c"pg_warden"));
@@ -32,6 +46,10 @@ static ON_JOURNAL_FULL: GucSetting<OnJournalFull> =
 /// File sinks write here and nowhere else: who may add a sink may not write any file of the server.
 static FILE_SINK_DIRECTORY: GucSetting<Option<CString>> =
     GucSetting::<Option<CString>>::new(Some(c"pg_warden/export"));
+
+/// A ledger cannot forget: what is written there as it is stays. See docs/adr/0005-values-of-statements.md.
+static RECORD_PARAMETERS: GucSetting<RecordParameters> =
+    GucSetting::<RecordParameters>::new(RecordParameters::digest);
 
 /// Defines the settings and reserves their prefix.
 pub fn init() {
@@ -77,6 +95,15 @@ pub fn init() {
         GucContext::Sighup,
         GucFlags::SUPERUSER_ONLY,
     );
+    GucRegistry::define_enum_guc(
+        c"warden.record_parameters",
+        c"What is recorded of literals and bind parameters.",
+        c"none, digest, safe (values, but digests of what is masked or looks personal) or all. \
+          Passwords and tokens are recorded under none of them.",
+        &RECORD_PARAMETERS,
+        GucContext::Sighup,
+        GucFlags::default(),
+    );
 }
 
 fn path(setting: &GucSetting<Option<CString>>) -> String {
@@ -104,6 +131,11 @@ pub fn home_database() -> String {
 /// `warden.on_journal_full`.
 pub fn on_journal_full() -> OnJournalFull {
     ON_JOURNAL_FULL.get()
+}
+
+/// `warden.record_parameters`.
+pub fn record_parameters() -> RecordParameters {
+    RECORD_PARAMETERS.get()
 }
 
 /// `warden.file_sink_directory`; relative to the data directory.

@@ -8,7 +8,9 @@ use crate::error::{Refusal, RefusalCode};
 use crate::pg::raise::{self, Raised};
 use crate::pg::record::{self, Begun};
 use crate::pg::shape::{self, statement_text};
-use crate::pg::{chain, databases, identity, local::Local, mask, policy, rules, worker};
+use crate::pg::{
+    chain, databases, identity, local::Local, mask, parameters, policy, rules, worker,
+};
 use pgrx::{pg_guard, pg_sys};
 use std::ffi::{c_char, c_int, c_void};
 use warden_core::event::Outcome;
@@ -124,8 +126,12 @@ unsafe extern "C-unwind" fn before_planner(
             Err(refusal) => {
                 let sql = statement_text(source, (*parse).stmt_location, (*parse).stmt_len);
                 let command = shape::command_name((*parse).commandType);
-                let begun =
-                    record::begin(false, true, |dest| shape::utility(dest, command, sql, &[]));
+                let begun = record::begin(
+                    false,
+                    true,
+                    |dest| shape::utility(dest, command, sql, &[]),
+                    |_| Vec::new(),
+                );
                 record::blocked(begun.unwrap_or(Begun::UNRECORDED), &refusal);
                 *refused = Some(raise::prepare(&refusal));
                 std::ptr::null_mut()
@@ -195,7 +201,12 @@ unsafe extern "C-unwind" fn before_start(
         } else {
             Ok(())
         };
-        let begun = record::begin(false, notes.masked, |dest| shape::planned(dest, stmt, sql));
+        let begun = record::begin(
+            false,
+            notes.masked,
+            |dest| shape::planned(dest, stmt, sql),
+            |shape| parameters::planned(shape, stmt, (*query).params, sql),
+        );
         match (decision, begun) {
             (Ok(()), Ok(Begun::UNRECORDED)) => false,
             (Ok(()), Ok(begun)) => {
@@ -430,9 +441,12 @@ unsafe extern "C-unwind" fn before_utility(source: *const c_char, d: *mut Decide
         } else {
             Ok(())
         };
-        let begun = record::begin(true, false, |dest| {
-            shape::utility(dest, &utility.command, sql, &utility.targets)
-        });
+        let begun = record::begin(
+            true,
+            false,
+            |dest| shape::utility(dest, &utility.command, sql, &utility.targets),
+            |shape| parameters::utility(shape, &utility.command, sql),
+        );
         match (decision, begun) {
             (Err(refusal), begun) => {
                 record::blocked(begun.unwrap_or(Begun::UNRECORDED), &refusal);

@@ -15,8 +15,7 @@ use std::borrow::Cow;
 use std::ffi::{CStr, CString, c_int};
 use std::net::IpAddr;
 use warden_core::event::{Event, EventKind};
-use warden_core::frame::Intent;
-use warden_core::join::{Batch, Directory, SessionRow, StatementRow};
+use warden_core::join::{Batch, Directory, OpenIntent, SessionRow, StatementRow};
 use warden_core::ledger::{Chain, ChainError, Hash, ORIGIN};
 
 /// Events of a partition.
@@ -49,7 +48,7 @@ pub struct Stored {
     /// `at` of the last event, or 0.
     pub at: i64,
     /// Open intents.
-    pub pending: Vec<(u64, Intent)>,
+    pub pending: Vec<(u64, OpenIntent)>,
 }
 
 impl Ledger {
@@ -136,7 +135,7 @@ impl Ledger {
             )? {
                 let position = row.get::<i64>(1)?.unwrap_or(0) as u64;
                 let frame = row.get::<Vec<u8>>(2)?.unwrap_or_default();
-                if let Some(intent) = Intent::decode(&frame) {
+                if let Some(intent) = OpenIntent::decode(&frame) {
                     pending.push((position, intent));
                 }
             }
@@ -545,7 +544,7 @@ fn session_values(r: &SessionRow) -> [Value; 18] {
     ]
 }
 
-fn statement_values(r: &StatementRow) -> [Value; 7] {
+fn statement_values(r: &StatementRow) -> [Value; 9] {
     let f = &r.facts;
     [
         r.id.into_datum(),
@@ -555,6 +554,12 @@ fn statement_values(r: &StatementRow) -> [Value; 7] {
         text(&f.fingerprint),
         json(&f.accesses),
         json(&f.masked),
+        (f.full_length > 0)
+            .then_some(f.full_length as i64)
+            .and_then(IntoDatum::into_datum),
+        (!f.digest.is_empty())
+            .then_some(f.digest.as_slice())
+            .and_then(bytea),
     ]
 }
 

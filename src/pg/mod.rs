@@ -11,6 +11,7 @@ pub mod launcher;
 pub mod ledger_table;
 pub mod local;
 pub mod mask;
+pub mod parameters;
 pub mod policy;
 pub mod raise;
 pub mod record;

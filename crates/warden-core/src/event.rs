@@ -1,5 +1,6 @@
 //! Events: what the ledger holds, and the payloads that describe sessions and statements.
 
+use crate::parameter::{self, Parameter};
 use crate::tlv::{Reader, TlvError, Writer};
 use serde::{Deserialize, Serialize};
 
@@ -468,6 +469,8 @@ pub struct ExecutionFacts {
     pub sqlstate: String,
     /// The rule that refused it, or empty.
     pub rule: String,
+    /// Its literals and bind parameters, as `warden.record_parameters` says.
+    pub parameters: Vec<Parameter>,
 }
 
 impl ExecutionFacts {
@@ -479,6 +482,7 @@ impl ExecutionFacts {
             .put_u64(2, self.parent)
             .put_str(3, &self.sqlstate)
             .put_str(4, &self.rule);
+        parameter::put(&mut w, &self.parameters);
         w.finish()
     }
 
@@ -493,6 +497,9 @@ impl ExecutionFacts {
             parent: r.u64(2)?,
             sqlstate: r.str(3)?,
             rule: r.str(4)?,
+            parameters: parameter::get(&r).ok_or(TlvError::Value {
+                tag: parameter::TAG,
+            })?,
         })
     }
 }

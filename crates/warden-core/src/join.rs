@@ -12,6 +12,7 @@
 use crate::event::{Event, EventKind, ExecutionFacts, GapFacts, Outcome, SessionFacts, ShapeFacts};
 use crate::frame::{self, FrameKind, Header, Intent, u64le};
 use crate::ledger::{Chain, Hash};
+use crate::parameter;
 use crate::tlv::Reader;
 use std::collections::{BTreeMap, HashMap};
 
@@ -119,7 +120,7 @@ pub struct Batch {
     /// Projections of its statement events.
     pub statements: Vec<StatementRow>,
     /// Intents that stay open: position and payload.
-    pub opened: Vec<(u64, [u8; Intent::SIZE])>,
+    pub opened: Vec<(u64, Vec<u8>)>,
     /// Positions of intents of earlier batches that are open no more.
     pub closed: Vec<u64>,
 }
@@ -150,9 +151,29 @@ pub fn describe(kind: i16, payload: &[u8]) -> serde_json::Value {
     }
 }
 
-#[derive(Debug, Clone, Copy)]
+/// An intent, and what follows its fixed part.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OpenIntent {
+    /// The fixed part.
+    pub intent: Intent,
+    /// A TLV payload, or nothing.
+    pub tail: Vec<u8>,
+}
+
+impl OpenIntent {
+    /// Reads a payload; `None` if it is too short.
+    #[must_use]
+    pub fn decode(payload: &[u8]) -> Option<Self> {
+        let intent = Intent::decode(payload)?;
+        let tail = payload[Intent::SIZE..].to_vec();
+        Some(Self { intent, tail })
+    }
+}
+
+#[derive(Debug, Clone)]
 struct Open {
     intent: Intent,
+    tail: Vec<u8>,
     /// Whether an earlier batch holds it.
     stored: bool,
 }
@@ -185,15 +206,16 @@ impl Joiner {
         start: u64,
         chain: Chain,
         at: i64,
-        open: impl IntoIterator<Item = (u64, Intent)>,
+        open: impl IntoIterator<Item = (u64, OpenIntent)>,
     ) -> Self {
         let open = open
             .into_iter()
-            .map(|(pos, intent)| {
+            .map(|(pos, OpenIntent { intent, tail })| {
                 (
                     pos,
                     Open {
                         intent,
+                        tail,
                         stored: true,
                     },
                 )
@@ -292,7 +314,8 @@ impl Joiner {
         for (pos, open) in &mut self.open {
             if !open.stored {
                 open.stored = true;
-                self.batch.opened.push((*pos, open.intent.encode()));
+                let payload = [&open.intent.encode()[..], &open.tail].concat();
+                self.batch.opened.push((*pos, payload));
             }
         }
         // Only here, where the tables are about to know every key.
@@ -306,7 +329,7 @@ impl Joiner {
     }
 
     fn intent(&mut self, pos: u64, payload: &[u8]) -> bool {
-        let Some(intent) = Intent::decode(payload) else {
+        let Some(OpenIntent { intent, tail }) = OpenIntent::decode(payload) else {
             return false;
         };
         if self.open.contains_key(&pos) {
@@ -316,6 +339,7 @@ impl Joiner {
             pos,
             Open {
                 intent,
+                tail,
                 stored: false,
             },
         );
@@ -349,7 +373,11 @@ impl Joiner {
         sqlstate: String,
         directory: &mut impl Directory,
     ) {
-        let Open { intent, stored } = open;
+        let Open {
+            intent,
+            tail,
+            stored,
+        } = open;
         if stored {
             self.batch.closed.push(pos);
         }
@@ -363,6 +391,7 @@ impl Joiner {
             parent: intent.parent,
             sqlstate,
             rule: o.rule.clone(),
+            parameters: parameters(&tail),
         };
         let mut event = blank(EventKind::Execution, intent.at, facts.encode());
         event.session = session;
@@ -486,6 +515,15 @@ impl Joiner {
     }
 }
 
+/// The values in an intent's tail.
+fn parameters(tail: &[u8]) -> Vec<parameter::Parameter> {
+    if tail.is_empty() {
+        return Vec::new();
+    }
+    let read = Reader::parse(tail).ok();
+    read.and_then(|r| parameter::get(&r)).unwrap_or_default()
+}
+
 fn blank(kind: EventKind, at: i64, payload: Vec<u8>) -> Event {
     Event {
         seq: 0,
@@ -547,7 +585,7 @@ mod tests {
         events: Vec<(Event, Hash)>,
         sessions: HashMap<u64, i64>,
         statements: HashMap<u64, i64>,
-        pending: BTreeMap<u64, Intent>,
+        pending: BTreeMap<u64, OpenIntent>,
         chain: Chain,
     }
 
@@ -563,7 +601,7 @@ mod tests {
     impl Tables {
         fn joiner(&self) -> Joiner {
             let at = self.events.last().map_or(0, |(e, _)| e.at);
-            let pending = self.pending.iter().map(|(p, i)| (*p, *i));
+            let pending = self.pending.iter().map(|(p, i)| (*p, i.clone()));
             let mut j = Joiner::new(DB, START, self.chain.clone(), at, pending);
             j.remembered = 2;
             j
@@ -594,7 +632,7 @@ mod tests {
             for (pos, i) in &b.opened {
                 assert!(
                     self.pending
-                        .insert(*pos, Intent::decode(i).unwrap())
+                        .insert(*pos, OpenIntent::decode(i).unwrap())
                         .is_none()
                 );
             }

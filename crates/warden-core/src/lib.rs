@@ -12,6 +12,7 @@ pub mod identity;
 pub mod join;
 pub mod ledger;
 pub mod masks;
+pub mod parameter;
 pub mod sink;
 pub mod text;
 pub mod tlv;

@@ -185,6 +185,8 @@ struct ExecutionPart {
     position: u64,
     #[serde(skip_serializing_if = "is_zero_u64")]
     parent_position: u64,
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    parameters: Vec<crate::parameter::Parameter>,
 }
 
 /// The columns of `warden.event` that are hashed, unchanged: enough to check the chain offline.
@@ -356,6 +358,7 @@ pub fn render(origin: &Origin, stored: &Stored, context: Context<'_>) -> String 
             rule: x.rule,
             position: x.position,
             parent_position: x.parent,
+            parameters: x.parameters,
         }),
         gap,
         flags: flag_names(e.flags),
@@ -773,6 +776,7 @@ mod tests {
                     parent: 2048,
                     sqlstate: "57014".into(),
                     rule: String::new(),
+                    parameters: Vec::new(),
                 }
                 .encode(),
             },
