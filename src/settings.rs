@@ -32,6 +32,16 @@ pub enum RecordParameters {
     all,
 }
 
+/// Whether statements are recorded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PostgresGucEnum)]
+#[allow(non_camel_case_types, reason = "the names are the setting's values")]
+pub enum Record {
+    /// All but those that an exclusion covers.
+    all,
+    /// Only those that no exclusion could cover.
+    none,
+}
+
 /// Where the journal lives. Its own disk protects it from a data directory that is full.
 static JOURNAL_DIRECTORY: GucSetting<Option<CString>> =
     GucSetting::<Option<CString>>::new(Some(c"pg_warden"));
@@ -47,6 +57,8 @@ static ON_JOURNAL_FULL: GucSetting<OnJournalFull> =
 static FILE_SINK_DIRECTORY: GucSetting<Option<CString>> =
     GucSetting::<Option<CString>>::new(Some(c"pg_warden/export"));
 
+/// For a migration, say. To silence one job there is warden.exclude().
+static RECORD: GucSetting<Record> = GucSetting::<Record>::new(Record::all);
 /// A ledger cannot forget: what is written there as it is stays. See docs/adr/0005-values-of-statements.md.
 static RECORD_PARAMETERS: GucSetting<RecordParameters> =
     GucSetting::<RecordParameters>::new(RecordParameters::digest);
@@ -96,6 +108,15 @@ pub fn init() {
         GucFlags::SUPERUSER_ONLY,
     );
     GucRegistry::define_enum_guc(
+        c"warden.record",
+        c"Whether statements are recorded.",
+        c"none: refusals, failures, changes of pg_warden itself and the use of masked columns are \
+          recorded nevertheless.",
+        &RECORD,
+        GucContext::Sighup,
+        GucFlags::default(),
+    );
+    GucRegistry::define_enum_guc(
         c"warden.record_parameters",
         c"What is recorded of literals and bind parameters.",
         c"none, digest, safe (values, but digests of what is masked or looks personal) or all. \
@@ -131,6 +152,11 @@ pub fn home_database() -> String {
 /// `warden.on_journal_full`.
 pub fn on_journal_full() -> OnJournalFull {
     ON_JOURNAL_FULL.get()
+}
+
+/// `warden.record` is `all`.
+pub fn records_all() -> bool {
+    RECORD.get() == Record::all
 }
 
 /// `warden.record_parameters`.

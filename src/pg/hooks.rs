@@ -9,7 +9,7 @@ use crate::pg::raise::{self, Raised};
 use crate::pg::record::{self, Begun};
 use crate::pg::shape::{self, statement_text};
 use crate::pg::{
-    chain, databases, identity, local::Local, mask, parameters, policy, rules, worker,
+    chain, databases, exclusions, identity, local::Local, mask, parameters, policy, rules, worker,
 };
 use pgrx::{pg_guard, pg_sys};
 use std::ffi::{c_char, c_int, c_void};
@@ -201,6 +201,12 @@ unsafe extern "C-unwind" fn before_start(
         } else {
             Ok(())
         };
+        if decision.is_ok()
+            && policy::installed()
+            && exclusions::leave_out_planned(stmt, notes.masked)
+        {
+            return false;
+        }
         let begun = record::begin(
             false,
             notes.masked,
@@ -441,12 +447,18 @@ unsafe extern "C-unwind" fn before_utility(source: *const c_char, d: *mut Decide
         } else {
             Ok(())
         };
-        let begun = record::begin(
-            true,
-            false,
-            |dest| shape::utility(dest, &utility.command, sql, &utility.targets),
-            |shape| parameters::utility(shape, &utility.command, sql),
-        );
+        let left_out =
+            installed && decision.is_ok() && exclusions::leave_out_utility(&utility, sql);
+        let begun = if left_out {
+            Ok(Begun::LEFT_OUT)
+        } else {
+            record::begin(
+                true,
+                false,
+                |dest| shape::utility(dest, &utility.command, sql, &utility.targets),
+                |shape| parameters::utility(shape, &utility.command, sql),
+            )
+        };
         match (decision, begun) {
             (Err(refusal), begun) => {
                 record::blocked(begun.unwrap_or(Begun::UNRECORDED), &refusal);

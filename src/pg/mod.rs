@@ -3,6 +3,7 @@
 pub mod chain;
 pub mod compat;
 pub mod databases;
+pub mod exclusions;
 pub mod functions;
 pub mod hooks;
 pub mod identity;

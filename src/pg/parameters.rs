@@ -269,20 +269,34 @@ unsafe fn may_touch_masked(stmt: *mut pg_sys::PlannedStmt) -> bool {
     if !has_masks() {
         return false;
     }
-    let masks = policy::masks();
-    // SAFETY: a valid statement; lists and sets are only read.
+    // SAFETY: a valid statement; the list is only read.
     unsafe {
         let functions = pg_sys::SysCacheIdentifier::PROCOID as c_int;
         pointers::<pg_sys::PlanInvalItem>((*stmt).invalItems).any(|i| (*i).cacheId == functions)
-            || compat::permissions(stmt).any(|p| {
-                masks.of(p.relid).is_some_and(|masked| {
-                    [p.selected, p.inserted, p.updated].iter().any(|set| {
-                        compat::attributes(*set)
-                            .iter()
-                            .any(|a| *a == 0 || masked.iter().any(|(m, _)| i32::from(*m) == *a))
-                    })
+            || uses_masked(stmt)
+    }
+}
+
+/// Whether a statement reads or writes a masked column, whether masked for this identity or not.
+///
+/// # Safety
+/// `stmt` is a valid PlannedStmt, in a transaction, in a database with the extension.
+pub unsafe fn uses_masked(stmt: *mut pg_sys::PlannedStmt) -> bool {
+    let masks = policy::masks();
+    if masks.is_empty() {
+        return false;
+    }
+    // SAFETY: a valid statement; sets are only read.
+    unsafe {
+        compat::permissions(stmt).any(|p| {
+            masks.of(p.relid).is_some_and(|masked| {
+                [p.selected, p.inserted, p.updated].iter().any(|set| {
+                    compat::attributes(*set)
+                        .iter()
+                        .any(|a| *a == 0 || masked.iter().any(|(m, _)| i32::from(*m) == *a))
                 })
             })
+        })
     }
 }
 

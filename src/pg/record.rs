@@ -31,6 +31,12 @@ impl Begun {
         dest: 0,
         at: 0,
     };
+    /// An execution that an exclusion covers. Its failure is recorded.
+    pub const LEFT_OUT: Self = Self {
+        intent: 0,
+        dest: u32::MAX,
+        at: 0,
+    };
 }
 
 struct Executor {
@@ -237,7 +243,7 @@ fn report_gap(dest: u32) {
 
 /// Records how a statement ended.
 pub fn end(begun: Begun, outcome: Ended, sqlstate: Option<c_int>, rows: i64, rule: &str) {
-    if outcome != Ended::Succeeded {
+    if outcome != Ended::Succeeded && begun != Begun::LEFT_OUT {
         STATE.with(|s| s.failure_recorded = true);
     }
     if begun.intent == 0 {

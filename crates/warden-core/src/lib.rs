@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 pub mod event;
+pub mod exclusion;
 pub mod frame;
 pub mod guardrail;
 pub mod identity;

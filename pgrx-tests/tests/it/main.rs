@@ -5,6 +5,7 @@ mod capture;
 mod databases;
 mod errors;
 mod exactly_once;
+mod exclusions;
 mod guardrails;
 mod identity;
 mod identity_attacks;
