@@ -1,16 +1,17 @@
 -- The ledger: events, what projects them, and the recorder's place in the journal.
 -- Only the recorder writes here. No role holds INSERT, UPDATE, DELETE or TRUNCATE.
 
+-- In an order that needs no padding: there are many of them.
 CREATE TABLE warden.event (
     seq bigint NOT NULL,
     at timestamptz NOT NULL,
-    kind smallint NOT NULL,
     session bigint NOT NULL,
     statement bigint NOT NULL,
     rows bigint NOT NULL,
     duration_us bigint NOT NULL,
-    outcome smallint NOT NULL,
     flags integer NOT NULL,
+    kind smallint NOT NULL,
+    outcome smallint NOT NULL,
     payload bytea NOT NULL,
     hash bytea NOT NULL,
     PRIMARY KEY (seq)
@@ -19,13 +20,13 @@ CREATE INDEX event_at_idx ON warden.event USING brin (at) WITH (autosummarize = 
 COMMENT ON TABLE warden.event IS 'The ledger: one row an event, chained by hash. Written by the recorder only.';
 COMMENT ON COLUMN warden.event.seq IS 'Place in the chain, from 1, without holes';
 COMMENT ON COLUMN warden.event.at IS 'When it happened; a statement: when it started';
-COMMENT ON COLUMN warden.event.kind IS '1 session, 2 statement, 3 execution, 4 gap, 5 boot';
+COMMENT ON COLUMN warden.event.kind IS '1 session, 2 statement, 3 execution, 4 gap, 5 boot, 6 transaction';
 COMMENT ON COLUMN warden.event.session IS 'seq of the session event, or 0';
 COMMENT ON COLUMN warden.event.statement IS 'seq of the statement event, or 0';
 COMMENT ON COLUMN warden.event.rows IS 'Rows returned or affected, or -1';
 COMMENT ON COLUMN warden.event.duration_us IS 'Microseconds, or -1';
 COMMENT ON COLUMN warden.event.outcome IS '0 succeeded, 1 failed, 2 blocked, 3 interrupted';
-COMMENT ON COLUMN warden.event.flags IS '1 nested, 2 utility, 4 masked, 8 partial, 16 background';
+COMMENT ON COLUMN warden.event.flags IS '1 nested, 2 utility, 4 masked, 8 partial, 16 background, 32 committed, 64 rolled back';
 COMMENT ON COLUMN warden.event.payload IS 'Details, as warden.event_detail() shows them';
 COMMENT ON COLUMN warden.event.hash IS 'SHA-256 over the hash before it and this event';
 
@@ -84,6 +85,20 @@ COMMENT ON COLUMN warden.statement.masked IS 'Columns that were masked, and by w
 COMMENT ON COLUMN warden.statement.full_length IS 'Bytes of the text before it was cut; NULL if it was not';
 COMMENT ON COLUMN warden.statement.digest IS 'SHA-256 of the whole text, if it was cut';
 
+CREATE TABLE warden.transaction (
+    id bigint PRIMARY KEY,
+    xid bigint NOT NULL,
+    committed boolean NOT NULL,
+    unknown_from bigint NOT NULL,
+    rolled_back bigint[] NOT NULL
+);
+CREATE INDEX transaction_xid_idx ON warden.transaction (xid);
+COMMENT ON TABLE warden.transaction IS 'Projection of transaction events: what became of transactions that ended after their statements were in the ledger';
+COMMENT ON COLUMN warden.transaction.id IS 'seq of the transaction event';
+COMMENT ON COLUMN warden.transaction.xid IS 'Full transaction id, as of pg_current_xact_id()';
+COMMENT ON COLUMN warden.transaction.unknown_from IS 'Of subtransactions from this one on it is not known whether they were rolled back; 0 if of all';
+COMMENT ON COLUMN warden.transaction.rolled_back IS 'First and last number of subtransactions that were rolled back, pairwise';
+
 CREATE TABLE warden.journal_position (
     position bigint NOT NULL,
     seq bigint NOT NULL,
@@ -106,6 +121,12 @@ CREATE TABLE warden.journal_pending (
     frame bytea NOT NULL
 );
 COMMENT ON TABLE warden.journal_pending IS 'Statements that have begun and whose end the recorder has not read yet';
+
+CREATE TABLE warden.journal_transaction (
+    xid bigint PRIMARY KEY,
+    frame bytea NOT NULL
+);
+COMMENT ON TABLE warden.journal_transaction IS 'Transactions that have not ended, and whose statements are in the ledger';
 
 CREATE FUNCTION warden.event_detail(kind smallint, payload bytea) RETURNS jsonb
     LANGUAGE c IMMUTABLE STRICT PARALLEL SAFE
@@ -146,21 +167,38 @@ SELECT e.seq,
        NULLIF(e.duration_us, -1) * interval '1 microsecond' AS duration,
        CASE e.outcome WHEN 0 THEN 'succeeded' WHEN 1 THEN 'failed' WHEN 2 THEN 'blocked'
                       WHEN 3 THEN 'interrupted' END AS outcome,
-       NULLIF(warden.event_detail(e.kind, e.payload) ->> 'sqlstate', '') AS sqlstate,
+       NULLIF(d.detail ->> 'sqlstate', '') AS sqlstate,
+       CASE WHEN e.flags & 32 <> 0 THEN true
+            WHEN e.flags & 64 <> 0 THEN false
+            WHEN d.xid IS NOT NULL THEN (
+                SELECT CASE
+                    WHEN NOT t.committed THEN false
+                    WHEN EXISTS (
+                        SELECT FROM pg_catalog.generate_series(1, pg_catalog.cardinality(t.rolled_back), 2) i
+                        WHERE d.subtransaction BETWEEN t.rolled_back[i] AND t.rolled_back[i + 1]) THEN false
+                    WHEN t.unknown_from <> 0 AND d.subtransaction >= t.unknown_from THEN NULL
+                    ELSE true END
+                FROM warden.transaction t WHERE t.xid = d.xid ORDER BY t.id DESC LIMIT 1)
+       END AS committed,
+       d.xid,
        ARRAY(SELECT pg_catalog.concat_ws('.', m ->> 'relation', m ->> 'column')
              FROM pg_catalog.jsonb_array_elements(q.masked) m
              WHERE e.flags & 4 <> 0 ORDER BY 1) AS masked_columns,
-       NULLIF(warden.event_detail(e.kind, e.payload) ->> 'rule', '') AS rule,
+       NULLIF(d.detail ->> 'rule', '') AS rule,
        e.flags & 1 <> 0 AS nested,
-       (warden.event_detail(e.kind, e.payload) ->> 'position')::bigint AS position,
-       NULLIF((warden.event_detail(e.kind, e.payload) ->> 'parent')::bigint, 0) AS parent_position,
-       ARRAY(SELECT pg_catalog.jsonb_array_elements_text(
-                 warden.event_detail(e.kind, e.payload) -> 'parameters')) AS parameters,
+       NULLIF((d.detail ->> 'position')::bigint, 0) AS position,
+       NULLIF((d.detail ->> 'parent')::bigint, 0) AS parent_position,
+       ARRAY(SELECT pg_catalog.jsonb_array_elements_text(d.detail -> 'parameters')) AS parameters,
        q.full_length AS query_length,
        q.digest AS query_digest
 FROM warden.event e
 LEFT JOIN warden.session s ON s.id = e.session
 LEFT JOIN warden.statement q ON q.id = e.statement
+CROSS JOIN LATERAL (
+    SELECT x.detail, NULLIF((x.detail ->> 'xid')::bigint, 0) AS xid,
+           greatest((x.detail ->> 'subtransaction')::bigint, 1) AS subtransaction
+    FROM (SELECT warden.event_detail(e.kind, e.payload) AS detail OFFSET 0) x
+) d
 WHERE e.kind = 3
 ORDER BY e.seq DESC;
 COMMENT ON VIEW warden.activity IS 'Who did what, when, from where, and what came of it: one row a statement, newest first';
@@ -170,12 +208,14 @@ COMMENT ON COLUMN warden.activity.rule IS 'Guardrail or mask that decided';
 COMMENT ON COLUMN warden.activity.parameters IS 'Values of the $n in query, as warden.record_parameters says';
 COMMENT ON COLUMN warden.activity.query_length IS 'Bytes of query before it was cut; NULL if it was not';
 COMMENT ON COLUMN warden.activity.query_digest IS 'SHA-256 of the whole query, if it was cut';
-COMMENT ON COLUMN warden.activity.position IS 'Identifies the execution in its cluster';
+COMMENT ON COLUMN warden.activity.committed IS 'Whether what it wrote was committed; NULL if it wrote nothing, or if its transaction has not ended yet';
+COMMENT ON COLUMN warden.activity.xid IS 'Its full transaction id, if the transaction had one';
+COMMENT ON COLUMN warden.activity.position IS 'By which statements that it ran refer to it; NULL if it ran none';
 COMMENT ON COLUMN warden.activity.parent_position IS 'position of the statement that ran this one';
 
-REVOKE ALL ON warden.event, warden.event_p00000, warden.session, warden.statement,
-    warden.journal_position, warden.journal_pending, warden.activity FROM PUBLIC;
-GRANT SELECT ON warden.event, warden.session, warden.statement, warden.journal_position,
+REVOKE ALL ON warden.event, warden.event_p00000, warden.session, warden.statement, warden.transaction,
+    warden.journal_position, warden.journal_pending, warden.journal_transaction, warden.activity FROM PUBLIC;
+GRANT SELECT ON warden.event, warden.session, warden.statement, warden.transaction, warden.journal_position,
     warden.activity TO warden_auditor;
 REVOKE ALL ON FUNCTION warden.event_detail(smallint, bytea), warden.verify(bigint, bigint),
     warden.value_digest(text) FROM PUBLIC;

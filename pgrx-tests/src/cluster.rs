@@ -306,6 +306,19 @@ impl Cluster {
         }
     }
 
+    /// Waits until a process that was killed has thrown everybody out, this witness included, and the
+    /// server is back.
+    pub async fn back_after_crash(&self, witness: &Client) -> Result {
+        self.wait_until("the server has noticed", async || {
+            Ok(witness.run("SELECT 1").await.is_err())
+        })
+        .await?;
+        self.wait_until("the server is back", async || {
+            Ok(self.superuser().await.is_ok())
+        })
+        .await
+    }
+
     /// How to connect, for clients that outlive a look at the cluster.
     #[must_use]
     pub fn connector(&self) -> Connector {

@@ -9,11 +9,13 @@ use crate::pg::raise::{self, Raised};
 use crate::pg::record::{self, Begun};
 use crate::pg::shape::{self, statement_text};
 use crate::pg::{
-    chain, databases, exclusions, identity, local::Local, mask, parameters, policy, rules, worker,
+    chain, databases, exclusions, identity, local::Local, mask, parameters, policy, rules,
+    transaction, worker,
 };
 use pgrx::{pg_guard, pg_sys};
 use std::ffi::{c_char, c_int, c_void};
 use warden_core::event::Outcome;
+use warden_core::frame::Fate;
 
 static mut PREV_START: pg_sys::ExecutorStart_hook_type = None;
 static mut PREV_RUN: pg_sys::ExecutorRun_hook_type = None;
@@ -102,7 +104,7 @@ unsafe extern "C-unwind" fn planner(
             Some(prev) => prev(parse, source, options, params),
             None => standard_planner(parse, source, options, params),
         };
-        after_planner(stmt, notes);
+        after_planner(stmt, source, notes);
         stmt
     }
 }
@@ -143,13 +145,18 @@ unsafe extern "C-unwind" fn before_planner(
 #[pg_guard]
 unsafe extern "C-unwind" fn after_planner(
     stmt: *mut pg_sys::PlannedStmt,
+    source: *const c_char,
     notes: *mut pg_sys::List,
 ) {
     if worker::in_worker() || !policy::installed() {
         return;
     }
-    // SAFETY: a valid statement, and the notes made for it.
-    unsafe { mask::annotate(stmt, notes) }
+    // SAFETY: a valid statement, the text that it was made from, and the notes made for it.
+    unsafe {
+        mask::annotate(stmt, notes);
+        let sql = statement_text(source, (*stmt).stmt_location, (*stmt).stmt_len);
+        mask::note_shape(stmt, shape::plan_key(stmt, sql));
+    }
 }
 
 // --------------------------------------------------------------------------------------- executor
@@ -193,7 +200,7 @@ unsafe extern "C-unwind" fn before_start(
         if mask::plans_integrity_check(stmt) {
             return false;
         }
-        let sql = statement_text((*query).sourceText, (*stmt).stmt_location, (*stmt).stmt_len);
+        let sql = || statement_text((*query).sourceText, (*stmt).stmt_location, (*stmt).stmt_len);
         let notes = mask::read_notes(stmt);
         let decision = if policy::installed() {
             check_identity(|| mask::calls_only_identity_functions(stmt))
@@ -210,7 +217,7 @@ unsafe extern "C-unwind" fn before_start(
         let begun = record::begin(
             false,
             notes.masked,
-            |dest| shape::planned(dest, stmt, sql),
+            |dest| shape::planned(dest, stmt, notes.shape, sql),
             |shape| parameters::planned(shape, stmt, (*query).params, sql),
         );
         match (decision, begun) {
@@ -234,7 +241,7 @@ unsafe extern "C-unwind" fn before_start(
 
 /// An expired token lets nothing through but a new one.
 fn check_identity(renews: impl FnOnce() -> bool) -> Result<(), Refusal> {
-    if record::nested() || !identity::expired(record::now()) || renews() {
+    if record::nested() || !identity::expired(record::now) || renews() {
         return Ok(());
     }
     Err(Refusal {
@@ -521,16 +528,36 @@ fn register_callbacks() {
         return;
     }
     CALLBACKS.set(true);
-    // SAFETY: the callback has the right signature and needs no argument.
-    unsafe { pg_sys::RegisterXactCallback(Some(on_transaction), std::ptr::null_mut()) };
+    // SAFETY: the callbacks have the right signatures and need no argument.
+    unsafe {
+        pg_sys::RegisterXactCallback(Some(on_transaction), std::ptr::null_mut());
+        pg_sys::RegisterSubXactCallback(Some(on_subtransaction), std::ptr::null_mut());
+    }
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn on_subtransaction(
+    event: pg_sys::SubXactEvent::Type,
+    subtransaction: pg_sys::SubTransactionId,
+    _parent: pg_sys::SubTransactionId,
+    _arg: *mut c_void,
+) {
+    if event == pg_sys::SubXactEvent::SUBXACT_EVENT_ABORT_SUB {
+        transaction::subtransaction_rolled_back(subtransaction);
+    }
 }
 
 #[pg_guard]
 unsafe extern "C-unwind" fn on_transaction(event: pg_sys::XactEvent::Type, _arg: *mut c_void) {
     use pg_sys::XactEvent as E;
     match event {
-        E::XACT_EVENT_COMMIT => databases::transaction_ended(true),
+        E::XACT_EVENT_COMMIT => {
+            transaction::ended(Fate::Committed);
+            databases::transaction_ended(true);
+        }
+        E::XACT_EVENT_PREPARE => transaction::ended(Fate::Prepared),
         E::XACT_EVENT_ABORT => {
+            transaction::ended(Fate::RolledBack);
             databases::transaction_ended(false);
             // SAFETY: reads variables of this process; see `failing_statement`.
             if let Some(sql) = unsafe { failing_statement() } {

@@ -65,10 +65,11 @@ pub fn is_agent() -> bool {
         || is_agent_role()
 }
 
-/// Whether the token has run out. `now` is in microseconds since 2000-01-01 UTC. False where nobody
+/// Whether the token has run out. `now` gives microseconds since 2000-01-01 UTC. False where nobody
 /// is logged in.
-pub fn expired(now: i64) -> bool {
-    STATE.with(|s| s.actor.is_some() && now >= s.valid_until)
+#[inline]
+pub fn expired(now: impl FnOnce() -> i64) -> bool {
+    STATE.with(|s| s.actor.is_some() && now() >= s.valid_until)
 }
 
 /// Forgets the identity, and remembers that it was an agent's. For `warden.logout()` and, so that a
@@ -352,7 +353,7 @@ pub unsafe extern "C-unwind" fn warden_whoami(fcinfo: pg_sys::FunctionCallInfo) 
             role_name(pg_sys::GetUserId()).into_datum(),
             database_name().into_datum(),
             expires_at.map(pg_sys::Datum::from),
-            expired(now).into_datum(),
+            expired(|| now).into_datum(),
         ];
         let mut desc = std::ptr::null_mut();
         let class = pg_sys::get_call_result_type(fcinfo, std::ptr::null_mut(), &raw mut desc);

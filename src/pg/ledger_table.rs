@@ -15,7 +15,7 @@ use std::borrow::Cow;
 use std::ffi::{CStr, CString, c_int};
 use std::net::IpAddr;
 use warden_core::event::{Event, EventKind};
-use warden_core::join::{Batch, Directory, OpenIntent, SessionRow, StatementRow};
+use warden_core::join::{Batch, Directory, OpenIntent, SessionRow, StatementRow, TransactionRow};
 use warden_core::ledger::{Chain, ChainError, Hash, ORIGIN};
 
 /// Events of a partition.
@@ -49,6 +49,8 @@ pub struct Stored {
     pub at: i64,
     /// Open intents.
     pub pending: Vec<(u64, OpenIntent)>,
+    /// Open transactions.
+    pub unsettled: Vec<(u64, Vec<u8>)>,
 }
 
 impl Ledger {
@@ -141,12 +143,22 @@ impl Ledger {
             }
             Ok::<_, pgrx::spi::Error>(pending)
         })?;
+        let unsettled = Spi::connect(|c| {
+            let query = "SELECT xid, frame FROM warden.journal_transaction";
+            c.select(query, None, &[])?
+                .map(|row| {
+                    let xid = row.get::<i64>(1)?.unwrap_or(0) as u64;
+                    Ok((xid, row.get::<Vec<u8>>(2)?.unwrap_or_default()))
+                })
+                .collect::<Result<_, pgrx::spi::Error>>()
+        })?;
         Ok(Stored {
             position,
             start,
             chain,
             at,
             pending,
+            unsettled,
         })
     }
 
@@ -181,8 +193,28 @@ impl Ledger {
                 batch.statements.iter().map(statement_values),
             );
         }
+        if !batch.transactions.is_empty() {
+            insert(
+                self.require(c"transaction"),
+                batch.transactions.iter().map(transaction_values),
+            );
+        }
+        if !batch.settled.is_empty() {
+            self.remove(
+                c"journal_transaction",
+                c"journal_transaction_pkey",
+                &batch.settled,
+            );
+        }
+        if !batch.unsettled.is_empty() {
+            let rows = batch
+                .unsettled
+                .iter()
+                .map(|(xid, f)| [(*xid as i64).into_datum(), bytea(f)]);
+            insert(self.require(c"journal_transaction"), rows);
+        }
         if !batch.closed.is_empty() {
-            self.remove_pending(&batch.closed);
+            self.remove(c"journal_pending", c"journal_pending_pkey", &batch.closed);
         }
         if !batch.opened.is_empty() {
             let rows = batch
@@ -235,12 +267,13 @@ impl Ledger {
         }
     }
 
-    fn remove_pending(&self, positions: &[u64]) {
-        let table = Table::open(self.require(c"journal_pending"), pg_sys::RowExclusiveLock);
-        let index = self.require(c"journal_pending_pkey");
-        for position in positions {
+    /// Removes the rows with these keys.
+    fn remove(&self, table: &CStr, index: &CStr, keys: &[u64]) {
+        let table = Table::open(self.require(table), pg_sys::RowExclusiveLock);
+        let index = self.require(index);
+        for key in keys {
             // SAFETY: the callback gets a tuple of the open table.
-            find(&table, index, 1, *position as i64, |tuple| unsafe {
+            find(&table, index, 1, *key as i64, |tuple| unsafe {
                 pg_sys::CatalogTupleDelete(table.0, &mut (*tuple).t_self);
             });
         }
@@ -290,6 +323,24 @@ impl Directory for &Ledger {
     }
     fn statement(&mut self, key: u64) -> Option<i64> {
         self.seq_of_key(c"statement", c"statement_key_idx", key)
+    }
+    fn committed(&mut self, xid: u64) -> Option<bool> {
+        // SAFETY: in a transaction. The function raises an error for ids of the future only, and
+        // returns NULL for those whose state has been forgotten.
+        unsafe {
+            if xid >= pg_sys::ReadNextFullTransactionId().value {
+                return None;
+            }
+            let status = pgrx::direct_function_call::<String>(
+                pg_sys::pg_xact_status,
+                &[Some(pg_sys::Datum::from(xid))],
+            )?;
+            match status.as_str() {
+                "committed" => Some(true),
+                "aborted" => Some(false),
+                _ => None,
+            }
+        }
     }
 }
 
@@ -472,12 +523,45 @@ unsafe fn insert_slots(
             } else {
                 UNIQUE_CHECK_NO
             };
-            for slot in 0..n {
-                let slot = *slots.add(slot);
-                let (v, null) = (values.as_mut_ptr(), nulls.as_mut_ptr());
+            let (v, null) = (values.as_mut_ptr(), nulls.as_mut_ptr());
+            let form = |number: usize| {
+                let slot = *slots.add(number);
                 raw::FormIndexDatum(info, slot, std::ptr::null_mut(), v, null);
-                let place = &raw mut (*slot).tts_tid;
+                (&raw mut (*slot).tts_tid, (*v).value() as i64)
+            };
+            let enter = |number: usize| {
+                let (place, _) = form(number);
                 raw::index_insert(index, v, null, place, table, check, false, info);
+            };
+            if (*(*index).rd_rel).relam != pg_sys::BRIN_AM_OID {
+                (0..n).for_each(enter);
+                continue;
+            }
+            // A summary of blocks, by a bigint or a time: of each block, the ends say all.
+            let mut number = 0;
+            while number < n {
+                let (first, at) = form(number);
+                let (mut low, mut high) = ((number, at), (number, at));
+                number += 1;
+                while number < n {
+                    let (place, at) = form(number);
+                    if ((*place).ip_blkid.bi_hi, (*place).ip_blkid.bi_lo)
+                        != ((*first).ip_blkid.bi_hi, (*first).ip_blkid.bi_lo)
+                    {
+                        break;
+                    }
+                    if at < low.1 {
+                        low = (number, at);
+                    }
+                    if at > high.1 {
+                        high = (number, at);
+                    }
+                    number += 1;
+                }
+                enter(low.0);
+                if high.0 != low.0 {
+                    enter(high.0);
+                }
             }
         }
     }
@@ -502,13 +586,13 @@ fn event_values(e: &Event, hash: &Hash) -> [Value; 11] {
     [
         e.seq.into_datum(),
         e.at.into_datum(),
-        e.kind.into_datum(),
         e.session.into_datum(),
         e.statement.into_datum(),
         e.rows.into_datum(),
         e.duration_us.into_datum(),
-        e.outcome.into_datum(),
         e.flags.into_datum(),
+        e.kind.into_datum(),
+        e.outcome.into_datum(),
         bytea(&e.payload),
         bytea(hash),
     ]
@@ -541,6 +625,22 @@ fn session_values(r: &SessionRow) -> [Value; 18] {
         text(f.actor.trust.name()),
         text(&f.actor.issuer),
         text(&f.actor.token_id),
+    ]
+}
+
+fn transaction_values(r: &TransactionRow) -> [Value; 5] {
+    let f = &r.facts;
+    let ranges: Vec<i64> = f
+        .rolled_back
+        .iter()
+        .flat_map(|(first, last)| [i64::from(*first), i64::from(*last)])
+        .collect();
+    [
+        r.id.into_datum(),
+        (f.xid as i64).into_datum(),
+        f.committed.into_datum(),
+        i64::from(f.unknown_from).into_datum(),
+        ranges.into_datum(),
     ]
 }
 
@@ -614,9 +714,11 @@ pub struct Verdict {
     pub problem: Option<(i64, String)>,
 }
 
-const EVENTS: &CStr = c"SELECT seq, at, kind, session, statement, rows, duration_us, outcome, \
-    flags, payload, hash FROM warden.event WHERE seq BETWEEN $1 AND $2 ORDER BY seq";
+const EVENTS: &CStr = c"SELECT seq, at, session, statement, rows, duration_us, flags, kind, \
+    outcome, payload, hash FROM warden.event WHERE seq BETWEEN $1 AND $2 ORDER BY seq";
 const SESSIONS: &CStr = c"SELECT * FROM warden.session WHERE id BETWEEN $1 AND $2 ORDER BY id";
+const TRANSACTIONS: &CStr =
+    c"SELECT * FROM warden.transaction WHERE id BETWEEN $1 AND $2 ORDER BY id";
 const STATEMENTS: &CStr = c"SELECT * FROM warden.statement WHERE id BETWEEN $1 AND $2 ORDER BY id";
 
 /// Walks the ledger from event `from` to event `to`, or to its end.
@@ -640,6 +742,7 @@ fn walk(from: i64, to: Option<i64>, checked: &mut i64) -> Check {
     let mut events = Stream::open(EVENTS, from, last);
     let mut sessions = Projection::open("session", SESSIONS, from, last);
     let mut statements = Projection::open("statement", STATEMENTS, from, last);
+    let mut transactions = Projection::open("transaction", TRANSACTIONS, from, last);
     let mut scratch = PgMemoryContexts::new("pg_warden verify");
     loop {
         // SAFETY: nothing that was allocated here for an earlier event is used any more.
@@ -665,6 +768,7 @@ fn walk(from: i64, to: Option<i64>, checked: &mut i64) -> Check {
                 })?;
                 sessions.check_before(e.seq)?;
                 statements.check_before(e.seq)?;
+                transactions.check_before(e.seq)?;
                 let unreadable = || (e.seq, format!("payload of event {} is malformed", e.seq));
                 match EventKind::from_i16(e.kind) {
                     Some(EventKind::Session) => {
@@ -675,6 +779,11 @@ fn walk(from: i64, to: Option<i64>, checked: &mut i64) -> Check {
                         let row =
                             StatementRow::project(e.seq, &e.payload).ok_or_else(unreadable)?;
                         statements.check(e.seq, statement_values(&row))?;
+                    }
+                    Some(EventKind::Transaction) => {
+                        let row =
+                            TransactionRow::project(e.seq, &e.payload).ok_or_else(unreadable)?;
+                        transactions.check(e.seq, transaction_values(&row))?;
                     }
                     _ => {}
                 }
@@ -688,6 +797,7 @@ fn walk(from: i64, to: Option<i64>, checked: &mut i64) -> Check {
     }
     sessions.check_before(i64::MAX)?;
     statements.check_before(i64::MAX)?;
+    transactions.check_before(i64::MAX)?;
     match to {
         Some(to) if to > chain.seq => {
             Err((chain.seq + 1, format!("event {} is missing", chain.seq + 1)))
@@ -762,13 +872,13 @@ fn event_of(row: &[Value; 11]) -> Option<(Event, Vec<u8>)> {
     let event = Event {
         seq: int(0)?,
         at: int(1)?,
-        kind: int(2)? as i16,
-        session: int(3)?,
-        statement: int(4)?,
-        rows: int(5)?,
-        duration_us: int(6)?,
-        outcome: int(7)? as i16,
-        flags: int(8)? as i32,
+        session: int(2)?,
+        statement: int(3)?,
+        rows: int(4)?,
+        duration_us: int(5)?,
+        flags: int(6)? as i32,
+        kind: int(7)? as i16,
+        outcome: int(8)? as i16,
         // SAFETY: the columns are bytea.
         payload: unsafe { bytes_of(row[9]?) },
     };

@@ -22,6 +22,8 @@ use warden_core::guardrail::label;
 
 /// `cacheId` of the note that carries flags.
 const NOTE_FLAGS: c_int = -1;
+/// `cacheId` of the notes of the shape's key: its lower and its upper half.
+const NOTE_SHAPE: [c_int; 2] = [-2, -3];
 /// `cacheId` of the note of a mask is this less the column's number; a second item, one
 /// [`NOTE_FUNCTION`] lower, has the function.
 const NOTE_COLUMN: c_int = -10_000;
@@ -1240,6 +1242,18 @@ pub unsafe fn annotate(stmt: *mut pg_sys::PlannedStmt, notes: *mut pg_sys::List)
     }
 }
 
+/// Puts the key of its shape into a planned statement, so that no execution has to find it again.
+///
+/// # Safety
+/// `stmt` is a valid PlannedStmt.
+pub unsafe fn note_shape(stmt: *mut pg_sys::PlannedStmt, key: u64) {
+    // SAFETY: a valid statement; items without a matching cache are never looked at.
+    unsafe {
+        let list = add_note((*stmt).invalItems, NOTE_SHAPE[0], key as u32);
+        (*stmt).invalItems = add_note(list, NOTE_SHAPE[1], (key >> 32) as u32);
+    }
+}
+
 /// Whether a plan reads a masked relation that its query did not name: by an SQL function that was
 /// inlined for an exempt role.
 unsafe fn inlines_masked(stmt: *mut pg_sys::PlannedStmt) -> bool {
@@ -1260,6 +1274,8 @@ unsafe fn inlines_masked(stmt: *mut pg_sys::PlannedStmt) -> bool {
 pub struct Notes {
     pub labels: Vec<&'static str>,
     pub masked: bool,
+    /// The key of its shape, if it was planned with us.
+    pub shape: Option<u64>,
 }
 
 /// Reads the notes of a planned statement.
@@ -1268,6 +1284,7 @@ pub struct Notes {
 /// `stmt` is a valid PlannedStmt.
 pub unsafe fn read_notes(stmt: *mut pg_sys::PlannedStmt) -> Notes {
     let mut notes = Notes::default();
+    let mut shape = 0;
     // SAFETY: a list of invalidation items.
     for item in unsafe { pointers::<pg_sys::PlanInvalItem>((*stmt).invalItems) } {
         // SAFETY: as above.
@@ -1280,8 +1297,14 @@ pub unsafe fn read_notes(stmt: *mut pg_sys::PlannedStmt) -> Notes {
                 notes.labels.push(label::DELETE_WITHOUT_WHERE);
             }
         }
+        if id == NOTE_SHAPE[0] {
+            shape |= u64::from(value);
+        } else if id == NOTE_SHAPE[1] {
+            shape |= u64::from(value) << 32;
+        }
         notes.masked |= id < NOTE_COLUMN;
     }
+    notes.shape = (shape != 0).then_some(shape);
     notes
 }
 

@@ -25,4 +25,5 @@ pub mod shared;
 pub mod shipper;
 pub mod sqltext;
 pub mod startup;
+pub mod transaction;
 pub mod worker;

@@ -1,6 +1,6 @@
 //! The values of a statement, its literals and bind parameters, on their way into an intent.
 //!
-//! Owns: which literals the lexer has just passed over, which shapes are about credentials, and
+//! Owns: which shapes are about credentials, and
 //! which settings of `standard_conforming_strings` this session has seen. What is kept of a value is
 //! decided in `warden_core::parameter`. Calls output functions of built-in types only, and reads no
 //! value from a TOAST table.
@@ -21,7 +21,7 @@ use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_int};
 use warden_core::parameter::{self, Mode, Tail, Value};
 use warden_core::text::{
-    Backslashes, Literals, literal_value, normalise, shape_hash, shape_hash_and_literals,
+    Backslashes, Literals, find_literals, literal_value, normalise, shape_hash,
 };
 
 /// Bytes of a value, other than a text, that are turned into text.
@@ -32,6 +32,7 @@ const WORDS_LIMIT: usize = 64 * 1024;
 const REMEMBERED: usize = 8192;
 
 struct State {
+    /// Room for literals, used again.
     literals: Literals,
     /// By shape, whether it is about credentials.
     credentials: Option<HashMap<u64, bool>>,
@@ -74,14 +75,9 @@ pub fn backslashes() -> Backslashes {
     })
 }
 
-/// The hash of a statement's normalised text. Its literals are remembered until the next call, if
-/// they are recorded at all.
+/// The hash of a statement's normalised text.
 pub fn text_hash(sql: &[u8]) -> u64 {
-    let (backslashes, key) = (backslashes(), shared().hash_key());
-    if settings::record_parameters() == RecordParameters::none {
-        return shape_hash(sql, backslashes, key);
-    }
-    STATE.with(|s| shape_hash_and_literals(sql, backslashes, key, &mut s.literals))
+    shape_hash(sql, backslashes(), shared().hash_key())
 }
 
 /// The key of digests.
@@ -135,15 +131,15 @@ pub fn is_keyword(word: &[u8]) -> bool {
     unsafe { pg_sys::ScanKeywordLookup(word.as_ptr(), &raw const ScanKeywords) >= 0 }
 }
 
-/// The tail of the intent of a planned statement whose text was hashed last.
+/// The tail of the intent of a planned statement.
 ///
 /// # Safety
 /// `stmt` is a valid PlannedStmt and `params` null or valid, in a transaction.
-pub unsafe fn planned(
+pub unsafe fn planned<'a>(
     shape: u64,
     stmt: *mut pg_sys::PlannedStmt,
     params: pg_sys::ParamListInfo,
-    sql: &[u8],
+    sql: impl Fn() -> &'a [u8],
 ) -> Vec<u8> {
     let mode = match settings::record_parameters() {
         RecordParameters::none => return Vec::new(),
@@ -155,10 +151,10 @@ pub unsafe fn planned(
     };
     // SAFETY: see above.
     let bound = unsafe { bound(params) };
-    collect(shape, mode, bound, sql)
+    collect(shape, mode, bound, sql())
 }
 
-/// The tail of the intent of a utility command whose text was hashed last.
+/// The tail of the intent of a utility command.
 pub fn utility(shape: u64, command: &str, sql: &[u8]) -> Vec<u8> {
     let mode = match settings::record_parameters() {
         RecordParameters::none => return Vec::new(),
@@ -176,7 +172,9 @@ pub fn utility(shape: u64, command: &str, sql: &[u8]) -> Vec<u8> {
 }
 
 fn collect(shape: u64, mode: Mode, bound: &[pg_sys::ParamExternData], sql: &[u8]) -> Vec<u8> {
-    let literals = STATE.with(|s| std::mem::take(&mut s.literals));
+    let backslashes = backslashes();
+    let mut literals = STATE.with(|s| std::mem::take(&mut s.literals));
+    find_literals(sql, backslashes, &mut literals);
     // A function of SQL in standard form has no text to search.
     let about = enter(|| sql.is_empty() || is_about_credentials(shape, sql));
     let mut tail = Tail::new(digest_key());
@@ -195,7 +193,6 @@ fn collect(shape: u64, mode: Mode, bound: &[pg_sys::ParamExternData], sql: &[u8]
                 unsafe { add(&mut tail, i as u32 + 1, p, mode) };
             }
         }
-        let backslashes = backslashes();
         let mut added = 0;
         for l in &literals.kept {
             if !tail.has_room() {

@@ -7,7 +7,7 @@ use crate::error::{Refusal, RefusalCode};
 use crate::pg::local::Local;
 use crate::pg::raise::unpack_sqlstate;
 use crate::pg::shared::shared;
-use crate::pg::{journal, policy, session, shape, worker};
+use crate::pg::{journal, policy, session, shape, transaction, worker};
 use crate::settings::{self, OnJournalFull};
 use pgrx::pg_sys;
 use std::ffi::c_int;
@@ -64,8 +64,11 @@ static STATE: Local<State> = Local::new(State {
     failure_recorded: false,
 });
 
+// None of them can raise an error, so none needs pgrx's guard.
 unsafe extern "C" {
     fn GetCurrentTimestamp() -> i64;
+    fn GetTopFullTransactionIdIfAny() -> pg_sys::FullTransactionId;
+    fn GetCurrentSubTransactionId() -> pg_sys::SubTransactionId;
 }
 
 pub fn now() -> i64 {
@@ -249,16 +252,34 @@ pub fn end(begun: Begun, outcome: Ended, sqlstate: Option<c_int>, rows: i64, rul
     if begun.intent == 0 {
         return;
     }
+    // SAFETY: reads this process's transaction state.
+    let (xid, subtransaction) = unsafe {
+        (
+            GetTopFullTransactionIdIfAny().value,
+            GetCurrentSubTransactionId(),
+        )
+    };
+    if xid != 0 {
+        transaction::wrote(begun.dest, subtransaction);
+    }
     let outcome = frame::Outcome {
         intent: begun.intent,
         rows,
         duration_us: now().saturating_sub(begun.at).max(0),
         outcome: outcome as u8,
         flags: 0,
+        xid,
+        subtransaction,
         sqlstate: sqlstate.map_or([0; 5], unpack_sqlstate),
         rule: rule.to_owned(),
     };
-    if journal::append(FrameKind::Outcome, begun.dest, &outcome.encode(), true).is_err() {
+    let fixed = outcome.encode_fixed();
+    let written = if rule.is_empty() {
+        journal::append(FrameKind::Outcome, begun.dest, &fixed, true)
+    } else {
+        journal::append(FrameKind::Outcome, begun.dest, &outcome.encode(), true)
+    };
+    if written.is_err() {
         // Even the reserve is gone. The recorder will call it interrupted.
         count_unrecorded(begun.dest);
     }

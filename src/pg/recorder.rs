@@ -96,6 +96,7 @@ impl Recorder {
             chain,
             at,
             pending,
+            unsettled,
         } = match ledger.load() {
             Ok(stored) => stored,
             Err(e) => pgrx::error!("pg_warden: could not read the ledger's state: {e}"),
@@ -103,7 +104,7 @@ impl Recorder {
         let events = chain.seq;
         let (oldest, tail) = (journal::oldest(), journal::tail());
         let start = start.unwrap_or(oldest);
-        let mut joiner = Joiner::new(database.to_u32(), start, chain, at, pending);
+        let mut joiner = Joiner::new(database.to_u32(), start, chain, at, pending, unsettled);
         let next = match position {
             None => {
                 if events > 0 {
@@ -181,6 +182,7 @@ impl Recorder {
                 }
             }
         }
+        self.joiner.settle_prepared(&mut &ledger);
         if self.joiner.lacking() {
             shared().resend();
         }

@@ -17,9 +17,11 @@ use warden_core::event::AccessKind;
 use warden_core::guardrail::{Facts, Rule, Rules, Subject, label};
 
 /// The tables that nobody but the recorder writes.
-const LEDGER: [&str; 5] = [
+const LEDGER: [&str; 7] = [
     "session",
     "statement",
+    "transaction",
+    "journal_transaction",
     "journal_position",
     "journal_pending",
     "sink_cursor",

@@ -65,11 +65,11 @@ fn hasher() -> SipHasher13 {
     SipHasher13::new_with_keys(k0, k1)
 }
 
-/// The key of a planned statement's shape; `None` if the journal is full.
+/// The key of the shape of a planned statement, whose text is `sql`. It is never 0.
 ///
 /// # Safety
 /// `stmt` is a valid PlannedStmt, in a transaction.
-pub unsafe fn planned(dest: u32, stmt: *mut pg_sys::PlannedStmt, sql: &[u8]) -> Option<u64> {
+pub unsafe fn plan_key(stmt: *mut pg_sys::PlannedStmt, sql: &[u8]) -> u64 {
     let mut h = hasher();
     h.write_u64(parameters::text_hash(sql));
     // SAFETY: a valid statement; sets are only read.
@@ -91,7 +91,22 @@ pub unsafe fn planned(dest: u32, stmt: *mut pg_sys::PlannedStmt, sql: &[u8]) -> 
             h.write_u32(m.function.to_u32());
         }
     }
-    let key = (h.finish() >> 1) | 1;
+    (h.finish() >> 1) | 1
+}
+
+/// Records the shape of a planned statement, unless it is known, and returns its key: `known`, or
+/// a new one. `None` if the journal is full.
+///
+/// # Safety
+/// `stmt` is a valid PlannedStmt, in a transaction.
+pub unsafe fn planned<'a>(
+    dest: u32,
+    stmt: *mut pg_sys::PlannedStmt,
+    known: Option<u64>,
+    sql: impl Fn() -> &'a [u8],
+) -> Option<u64> {
+    // SAFETY: as above.
+    let key = known.unwrap_or_else(|| unsafe { plan_key(stmt, sql()) });
     // SAFETY: as above.
     send(dest, key, || unsafe {
         let mut accesses: Vec<Access> = Vec::new();
@@ -108,7 +123,7 @@ pub unsafe fn planned(dest: u32, stmt: *mut pg_sys::PlannedStmt, sql: &[u8]) -> 
             .collect();
         facts(
             command_name((*stmt).commandType).to_owned(),
-            text_of(sql, Names::All),
+            text_of(sql(), Names::All),
             accesses,
             masked,
         )

@@ -18,6 +18,9 @@ pub enum EventKind {
     Gap = 4,
     /// The server started. Payload: empty.
     Boot = 5,
+    /// A transaction ended whose statements are in the ledger already. Payload:
+    /// [`TransactionFacts`].
+    Transaction = 6,
 }
 
 impl EventKind {
@@ -30,6 +33,7 @@ impl EventKind {
             3 => Self::Execution,
             4 => Self::Gap,
             5 => Self::Boot,
+            6 => Self::Transaction,
             _ => return None,
         })
     }
@@ -43,6 +47,7 @@ impl EventKind {
             Self::Execution => "execution",
             Self::Gap => "gap",
             Self::Boot => "boot",
+            Self::Transaction => "transaction",
         }
     }
 }
@@ -98,6 +103,10 @@ pub mod flags {
     pub const PARTIAL: u32 = 8;
     /// A background worker ran it.
     pub const BACKGROUND: u32 = 16;
+    /// What the statement wrote was committed.
+    pub const COMMITTED: u32 = 32;
+    /// What the statement wrote was rolled back.
+    pub const ROLLED_BACK: u32 = 64;
 }
 
 /// One event of the ledger. `at` is in microseconds since 2000-01-01 UTC; absent references are 0,
@@ -461,7 +470,8 @@ fn decode_masked(b: &[u8]) -> Result<MaskedColumn, TlvError> {
 /// What one execution adds to its shape.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct ExecutionFacts {
-    /// Journal position of its intent: identifies the execution in its cluster.
+    /// Journal position of its intent, by which the statements that it ran refer to it; 0 if none
+    /// does.
     pub position: u64,
     /// Position of the statement that ran it, or 0.
     pub parent: u64,
@@ -469,6 +479,10 @@ pub struct ExecutionFacts {
     pub sqlstate: String,
     /// The rule that refused it, or empty.
     pub rule: String,
+    /// The full transaction id, or 0 if its transaction had written nothing when it ended.
+    pub xid: u64,
+    /// The subtransaction, or 0 for the transaction itself.
+    pub subtransaction: u32,
     /// Its literals and bind parameters, as `warden.record_parameters` says.
     pub parameters: Vec<Parameter>,
 }
@@ -481,7 +495,9 @@ impl ExecutionFacts {
         w.put_u64(1, self.position)
             .put_u64(2, self.parent)
             .put_str(3, &self.sqlstate)
-            .put_str(4, &self.rule);
+            .put_str(4, &self.rule)
+            .put_u64(5, self.xid)
+            .put_u64(6, u64::from(self.subtransaction));
         parameter::put(&mut w, &self.parameters);
         w.finish()
     }
@@ -497,9 +513,61 @@ impl ExecutionFacts {
             parent: r.u64(2)?,
             sqlstate: r.str(3)?,
             rule: r.str(4)?,
+            xid: r.u64(5)?,
+            subtransaction: r.u64(6)? as u32,
             parameters: parameter::get(&r).ok_or(TlvError::Value {
                 tag: parameter::TAG,
             })?,
+        })
+    }
+}
+
+/// What became of a transaction.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct TransactionFacts {
+    /// The full transaction id.
+    pub xid: u64,
+    /// Whether it was committed, not rolled back.
+    pub committed: bool,
+    /// Subtransactions from here on may have been rolled back or not; 0 if all are known.
+    pub unknown_from: u32,
+    /// First and last number of the subtransactions that were rolled back.
+    pub rolled_back: Vec<(u32, u32)>,
+}
+
+impl TransactionFacts {
+    /// The TLV payload.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        let pair = |(a, b): &(u32, u32)| [a.to_be_bytes(), b.to_be_bytes()].concat();
+        let mut w = Writer::new();
+        w.put_u64(1, self.xid)
+            .put(2, &[u8::from(self.committed)])
+            .put_u64(3, u64::from(self.unknown_from))
+            .put_list(4, self.rolled_back.iter().map(pair));
+        w.finish()
+    }
+
+    /// Reads a payload.
+    ///
+    /// # Errors
+    /// If it is malformed.
+    pub fn decode(payload: &[u8]) -> Result<Self, TlvError> {
+        let r = Reader::parse(payload)?;
+        let pair = |b: &[u8]| {
+            let n = u64::from_be_bytes(b.try_into().map_err(|_| TlvError::Value { tag: 4 })?);
+            Ok(((n >> 32) as u32, n as u32))
+        };
+        Ok(Self {
+            xid: r.u64(1)?,
+            committed: match r.get(2) {
+                Some([0]) => false,
+                Some([1]) => true,
+                Some(_) => return Err(TlvError::Value { tag: 2 }),
+                None => return Err(TlvError::Missing { tag: 2 }),
+            },
+            unknown_from: r.u64(3)? as u32,
+            rolled_back: r.list(4)?.into_iter().map(pair).collect::<Result<_, _>>()?,
         })
     }
 }

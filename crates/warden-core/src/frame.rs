@@ -35,6 +35,8 @@ pub enum FrameKind {
     SessionEnd = 6,
     /// Statements went on unrecorded: u64le count. See `warden.on_journal_full = gap`.
     Gap = 7,
+    /// A transaction that wrote has ended, or was prepared: [`Transaction`].
+    Transaction = 8,
 }
 
 impl FrameKind {
@@ -50,6 +52,7 @@ impl FrameKind {
             5 => Self::Outcome,
             6 => Self::SessionEnd,
             7 => Self::Gap,
+            8 => Self::Transaction,
             _ => return None,
         })
     }
@@ -196,6 +199,10 @@ pub struct Outcome {
     pub outcome: u8,
     /// Flags to add to those of the intent.
     pub flags: u32,
+    /// The full transaction id (64 bits); 0 if the transaction had not written by then.
+    pub xid: u64,
+    /// The subtransaction in which it ended; 1 is the transaction itself.
+    pub subtransaction: u32,
     /// Five characters, or zeros when nothing failed.
     pub sqlstate: [u8; 5],
     /// The rule that decided, or empty.
@@ -203,20 +210,28 @@ pub struct Outcome {
 }
 
 impl Outcome {
-    const FIXED: usize = 34;
+    /// Bytes before the rule.
+    pub const FIXED: usize = 46;
+
+    /// The payload, as far as it has a fixed length: all of it, if there is no rule.
+    #[must_use]
+    pub fn encode_fixed(&self) -> [u8; Self::FIXED] {
+        let mut b = [0u8; Self::FIXED];
+        b[0..8].copy_from_slice(&self.intent.to_le_bytes());
+        b[8..16].copy_from_slice(&self.rows.to_le_bytes());
+        b[16..24].copy_from_slice(&self.duration_us.to_le_bytes());
+        b[24..28].copy_from_slice(&self.flags.to_le_bytes());
+        b[28..32].copy_from_slice(&self.subtransaction.to_le_bytes());
+        b[32..40].copy_from_slice(&self.xid.to_le_bytes());
+        b[40] = self.outcome;
+        b[41..46].copy_from_slice(&self.sqlstate);
+        b
+    }
 
     /// The payload.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
-        let mut b = Vec::with_capacity(Self::FIXED + self.rule.len());
-        b.extend_from_slice(&self.intent.to_le_bytes());
-        b.extend_from_slice(&self.rows.to_le_bytes());
-        b.extend_from_slice(&self.duration_us.to_le_bytes());
-        b.extend_from_slice(&self.flags.to_le_bytes());
-        b.push(self.outcome);
-        b.extend_from_slice(&self.sqlstate);
-        b.extend_from_slice(self.rule.as_bytes());
-        b
+        [&self.encode_fixed(), self.rule.as_bytes()].concat()
     }
 
     /// Reads a payload; `None` if it is malformed.
@@ -228,10 +243,105 @@ impl Outcome {
             rows: u64le(b, 8)? as i64,
             duration_us: u64le(b, 16)? as i64,
             flags: u32le(b, 24)?,
-            outcome: fixed[28],
-            sqlstate: fixed[29..34].try_into().ok()?,
+            subtransaction: u32le(b, 28)?,
+            xid: u64le(b, 32)?,
+            outcome: fixed[40],
+            sqlstate: fixed[41..46].try_into().ok()?,
             rule: String::from_utf8(b[Self::FIXED..].to_vec()).ok()?,
         })
+    }
+}
+
+/// What became of a transaction.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Fate {
+    /// It was rolled back.
+    RolledBack = 0,
+    /// It was committed.
+    Committed = 1,
+    /// It was prepared: COMMIT PREPARED or ROLLBACK PREPARED will decide.
+    Prepared = 2,
+}
+
+impl Fate {
+    /// The fate with this number, if there is one.
+    #[must_use]
+    pub fn from_u8(n: u8) -> Option<Self> {
+        Some(match n {
+            0 => Self::RolledBack,
+            1 => Self::Committed,
+            2 => Self::Prepared,
+            _ => return None,
+        })
+    }
+}
+
+/// A transaction that wrote has ended, or was prepared.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Transaction {
+    /// When: microseconds since 2000-01-01 UTC.
+    pub at: i64,
+    /// The full transaction id.
+    pub xid: u64,
+    /// What became of it.
+    pub fate: Fate,
+    /// Subtransactions from here on may have been rolled back or not; 0 if all are known.
+    pub unknown_from: u32,
+    /// First and last number of the subtransactions that were rolled back, ascending.
+    pub rolled_back: Vec<(u32, u32)>,
+}
+
+impl Transaction {
+    const FIXED: usize = 24;
+
+    /// The payload.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        let mut b = Vec::with_capacity(Self::FIXED + 8 * self.rolled_back.len());
+        b.extend_from_slice(&self.at.to_le_bytes());
+        b.extend_from_slice(&self.xid.to_le_bytes());
+        b.extend_from_slice(&self.unknown_from.to_le_bytes());
+        b.extend_from_slice(&u32::from(self.fate as u8).to_le_bytes());
+        for (first, last) in &self.rolled_back {
+            b.extend_from_slice(&first.to_le_bytes());
+            b.extend_from_slice(&last.to_le_bytes());
+        }
+        b
+    }
+
+    /// Reads a payload; `None` if it is malformed.
+    #[must_use]
+    pub fn decode(b: &[u8]) -> Option<Self> {
+        let rest = b.get(Self::FIXED..)?;
+        if rest.len() % 8 != 0 {
+            return None;
+        }
+        let ranges = rest.chunks_exact(8);
+        Some(Self {
+            at: u64le(b, 0)? as i64,
+            xid: u64le(b, 8)?,
+            unknown_from: u32le(b, 16)?,
+            fate: Fate::from_u8(u8::try_from(u32le(b, 20)?).ok()?)?,
+            rolled_back: ranges
+                .map(|r| Some((u32le(r, 0)?, u32le(r, 4)?)))
+                .collect::<Option<_>>()?,
+        })
+    }
+
+    /// Whether what a subtransaction did stays; `None` where that is not known.
+    #[must_use]
+    pub fn keeps(&self, subtransaction: u32) -> Option<bool> {
+        let lost = |(first, last): &(u32, u32)| (*first..=*last).contains(&subtransaction);
+        match self.fate {
+            Fate::Prepared => None,
+            Fate::RolledBack => Some(false),
+            Fate::Committed if self.rolled_back.iter().any(lost) => Some(false),
+            Fate::Committed if self.unknown_from != 0 && subtransaction >= self.unknown_from => {
+                None
+            }
+            Fate::Committed => Some(true),
+        }
     }
 }
 
@@ -254,9 +364,23 @@ mod tests {
 
     proptest! {
         #[test]
-        fn an_outcome_survives_the_journal(intent: u64, rows: i64, us: i64, flags: u32, rule in "[a-z_]{0,60}") {
-            let o = Outcome { intent, rows, duration_us: us, outcome: 2, flags, sqlstate: *b"WA001", rule };
+        fn an_outcome_survives_the_journal(
+            intent: u64, rows: i64, us: i64, flags: u32, xid: u64, subtransaction: u32, rule in "[a-z_]{0,60}",
+        ) {
+            let o = Outcome {
+                intent, rows, duration_us: us, outcome: 2, flags, xid, subtransaction, sqlstate: *b"WA001", rule,
+            };
             prop_assert_eq!(Outcome::decode(&o.encode()), Some(o));
+        }
+
+        #[test]
+        fn a_transaction_survives_the_journal(
+            at: i64, xid: u64, fate in 0u8..3, unknown_from: u32,
+            rolled_back in prop::collection::vec(any::<(u32, u32)>(), 0..5),
+        ) {
+            let fate = Fate::from_u8(fate).unwrap();
+            let t = Transaction { at, xid, fate, unknown_from, rolled_back };
+            prop_assert_eq!(Transaction::decode(&t.encode()), Some(t));
         }
 
         #[test]

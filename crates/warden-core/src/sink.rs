@@ -7,7 +7,8 @@
 //! Nothing here drops an event: an answer is either an acknowledgement, or a reason to try again.
 
 use crate::event::{
-    Event, EventKind, ExecutionFacts, GapFacts, Outcome, SessionFacts, ShapeFacts, flags,
+    Event, EventKind, ExecutionFacts, GapFacts, Outcome, SessionFacts, ShapeFacts,
+    TransactionFacts, flags,
 };
 use crate::tlv::TlvError;
 use base64::Engine;
@@ -118,6 +119,8 @@ struct Line<'a> {
     execution: Option<ExecutionPart>,
     #[serde(skip_serializing_if = "Option::is_none")]
     gap: Option<GapFacts>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    transaction: Option<TransactionFacts>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     flags: Vec<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -182,9 +185,14 @@ struct ExecutionPart {
     sqlstate: String,
     #[serde(skip_serializing_if = "String::is_empty")]
     rule: String,
+    #[serde(skip_serializing_if = "is_zero_u64")]
     position: u64,
     #[serde(skip_serializing_if = "is_zero_u64")]
     parent_position: u64,
+    #[serde(skip_serializing_if = "is_zero_u64")]
+    xid: u64,
+    #[serde(skip_serializing_if = "is_zero")]
+    subtransaction: u32,
     #[serde(skip_serializing_if = "<[_]>::is_empty")]
     parameters: Vec<crate::parameter::Parameter>,
 }
@@ -277,6 +285,8 @@ fn flag_names(bits: i32) -> Vec<&'static str> {
         (flags::MASKED, "masked"),
         (flags::PARTIAL, "partial"),
         (flags::BACKGROUND, "background"),
+        (flags::COMMITTED, "committed"),
+        (flags::ROLLED_BACK, "rolled_back"),
     ]
     .into_iter()
     .filter(|(bit, _)| bits.cast_unsigned() & bit != 0)
@@ -326,6 +336,14 @@ pub fn render(origin: &Origin, stored: &Stored, context: Context<'_>) -> String 
         })
         .flatten();
 
+    let transaction = (kind == Some(EventKind::Transaction))
+        .then(|| {
+            TransactionFacts::decode(&e.payload)
+                .map_err(|x| note("transaction payload", &x))
+                .ok()
+        })
+        .flatten();
+
     let (session_facts, shape) = match kind {
         Some(EventKind::Session) => (own_session.as_ref().map(|s| (e.seq, s)), None),
         Some(EventKind::Statement) => (None, own_shape.as_ref().map(|s| (e.seq, s))),
@@ -358,9 +376,12 @@ pub fn render(origin: &Origin, stored: &Stored, context: Context<'_>) -> String 
             rule: x.rule,
             position: x.position,
             parent_position: x.parent,
+            xid: x.xid,
+            subtransaction: x.subtransaction,
             parameters: x.parameters,
         }),
         gap,
+        transaction,
         flags: flag_names(e.flags),
         problem,
         ledger: LedgerPart {
@@ -776,7 +797,7 @@ mod tests {
                     parent: 2048,
                     sqlstate: "57014".into(),
                     rule: String::new(),
-                    parameters: Vec::new(),
+                    ..ExecutionFacts::default()
                 }
                 .encode(),
             },

@@ -214,11 +214,7 @@ async fn a_statement_cut_off_by_kill_nine_is_recorded_as_interrupted() -> Result
         .await?;
     Cluster::kill(pid)?;
     assert!(asleep.await?.is_err());
-    cluster
-        .wait_until("the server is back", async || {
-            Ok(cluster.superuser().await.is_ok())
-        })
-        .await?;
+    cluster.back_after_crash(&su).await?;
     let seen = cluster.the_activity("query LIKE '%AS cut_off'").await?;
     assert_eq!(seen["outcome"], "interrupted");
     Ok(())

@@ -20,3 +20,4 @@ mod secrets;
 mod shipping;
 mod symbols;
 mod tampering;
+mod transactions;

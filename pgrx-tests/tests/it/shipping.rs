@@ -6,7 +6,7 @@ use std::net::TcpListener;
 use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
-use warden_tests::receiver::{Receiver, Reply, Report};
+use warden_tests::receiver::{self, Receiver, Reply, Report};
 use warden_tests::{Client, Cluster, Result};
 
 /// The longest that anything is waited for.
@@ -224,7 +224,12 @@ async fn a_receiver_that_comes_back_gets_what_it_missed() -> Result {
     let cluster = Cluster::with_warden().await?;
     let su = cluster.superuser().await?;
     let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
-    add(&su, "siem", &format!("http://localhost:{port}/in")).await?;
+    add(
+        &su,
+        "siem",
+        &format!("http://localhost:{port}{}", receiver::path()),
+    )
+    .await?;
     let last = events(&cluster, 10).await?;
     until(&cluster, &su, "siem", "failed >= 2").await?;
     let receiver = Receiver::on_port(port, None)?;

@@ -42,7 +42,7 @@ async fn a_changed_payload_is_named() -> Result {
     let (mut cluster, seq) = ledger().await?;
     let sql = format!(
         "UPDATE warden.event
-         SET payload = set_byte(payload, length(payload) - 1, 1 # get_byte(payload, length(payload) - 1))
+         SET payload = payload || '\\x00'
          WHERE seq = {seq}"
     );
     assert_eq!(tamper(&mut cluster, &sql).await?.0, seq);
