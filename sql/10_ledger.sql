@@ -70,7 +70,9 @@ CREATE TABLE warden.statement (
     text text NOT NULL,
     fingerprint text NOT NULL,
     relations jsonb NOT NULL,
-    masked jsonb NOT NULL
+    masked jsonb NOT NULL,
+    full_length bigint,
+    digest bytea
 );
 CREATE INDEX statement_key_idx ON warden.statement (key);
 COMMENT ON TABLE warden.statement IS 'Projection of statement events: what was asked, without literals';
@@ -80,6 +82,8 @@ COMMENT ON COLUMN warden.statement.text IS 'Statement with $n in place of litera
 COMMENT ON COLUMN warden.statement.fingerprint IS 'pg_query fingerprint: the same on every server version; empty if the text cannot be parsed';
 COMMENT ON COLUMN warden.statement.relations IS 'Relations and columns, by kind of access';
 COMMENT ON COLUMN warden.statement.masked IS 'Columns that were masked, and by which function';
+COMMENT ON COLUMN warden.statement.full_length IS 'Bytes of the text before it was cut; NULL if it was not';
+COMMENT ON COLUMN warden.statement.digest IS 'SHA-256 of the whole text, if it was cut';
 
 CREATE TABLE warden.transaction (
     id bigint PRIMARY KEY,
@@ -162,6 +166,11 @@ CREATE FUNCTION warden.journal_append_cost(frames integer DEFAULT 100000) RETURN
 COMMENT ON FUNCTION warden.journal_append_cost(integer) IS 'Nanoseconds that an append to the journal takes on this machine; what it appends belongs to no ledger. For superusers';
 REVOKE ALL ON FUNCTION warden.journal_append_cost(integer) FROM PUBLIC;
 
+CREATE FUNCTION warden.value_digest(value text) RETURNS text
+    LANGUAGE c STABLE STRICT PARALLEL SAFE
+    AS 'MODULE_PATHNAME', 'value_digest_wrapper';
+COMMENT ON FUNCTION warden.value_digest(text) IS 'The digest under which this value is recorded, to search warden.activity.parameters for it';
+
 CREATE FUNCTION warden.verify(from_seq bigint DEFAULT 1, to_seq bigint DEFAULT NULL)
     RETURNS TABLE (ok boolean, checked bigint, first_bad bigint, problem text)
     LANGUAGE c VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
@@ -212,7 +221,10 @@ SELECT e.seq,
        e.flags & 1 <> 0 AS nested,
        e.flags & 16 <> 0 AS background,
        NULLIF((d.detail ->> 'position')::bigint, 0) AS position,
-       NULLIF((d.detail ->> 'parent')::bigint, 0) AS parent_position
+       NULLIF((d.detail ->> 'parent')::bigint, 0) AS parent_position,
+       ARRAY(SELECT pg_catalog.jsonb_array_elements_text(d.detail -> 'parameters')) AS parameters,
+       q.full_length AS query_length,
+       q.digest AS query_digest
 FROM warden.event e
 LEFT JOIN warden.session s ON s.id = e.session
 LEFT JOIN warden.statement q ON q.id = e.statement
@@ -228,6 +240,9 @@ COMMENT ON COLUMN warden.activity.query IS 'Statement with $n in place of litera
 COMMENT ON COLUMN warden.activity.columns IS 'Relations and columns, by kind of access';
 COMMENT ON COLUMN warden.activity.rule IS 'Guardrail or mask that decided';
 COMMENT ON COLUMN warden.activity.background IS 'A background worker ran it, and no client';
+COMMENT ON COLUMN warden.activity.parameters IS 'Values of the $n in query, as warden.record_parameters says';
+COMMENT ON COLUMN warden.activity.query_length IS 'Bytes of query before it was cut; NULL if it was not';
+COMMENT ON COLUMN warden.activity.query_digest IS 'SHA-256 of the whole query, if it was cut';
 COMMENT ON COLUMN warden.activity.committed IS 'Whether what it wrote was committed; NULL if it wrote nothing, or if its transaction has not ended yet';
 COMMENT ON COLUMN warden.activity.xid IS 'Its full transaction id, if the transaction had one';
 COMMENT ON COLUMN warden.activity.position IS 'By which statements that it ran refer to it; NULL if it ran none';
@@ -284,6 +299,8 @@ REVOKE ALL ON warden.event, warden.event_p00000, warden.session, warden.statemen
     warden.activity, warden.connections FROM PUBLIC;
 GRANT SELECT ON warden.event, warden.session, warden.statement, warden.transaction, warden.connection_event,
     warden.journal_position, warden.activity, warden.connections TO warden_auditor;
-REVOKE ALL ON FUNCTION warden.event_detail(smallint, bytea), warden.verify(bigint, bigint) FROM PUBLIC;
+REVOKE ALL ON FUNCTION warden.event_detail(smallint, bytea), warden.verify(bigint, bigint),
+    warden.value_digest(text) FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION warden.value_digest(text) TO warden_auditor;
 GRANT EXECUTE ON FUNCTION warden.event_detail(smallint, bytea) TO warden_auditor, warden_admin;
 GRANT EXECUTE ON FUNCTION warden.verify(bigint, bigint) TO warden_auditor, warden_admin;

@@ -34,9 +34,14 @@ extension_sql_file!(
     requires = ["masking"]
 );
 extension_sql_file!(
+    "../sql/35_exclusions.sql",
+    name = "exclusions",
+    requires = ["rules"]
+);
+extension_sql_file!(
     "../sql/40_identity.sql",
     name = "identity",
-    requires = ["rules"]
+    requires = ["exclusions"]
 );
 extension_sql_file!(
     "../sql/50_sinks.sql",

@@ -18,6 +18,30 @@ pub enum OnJournalFull {
     gap,
 }
 
+/// What is recorded of literals and bind parameters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PostgresGucEnum)]
+#[allow(non_camel_case_types, reason = "the names are the setting's values")]
+pub enum RecordParameters {
+    /// Nothing.
+    none,
+    /// Keyed digests: equal values can be recognised.
+    digest,
+    /// Values, but digests of what is masked and of what a detector knows.
+    safe,
+    /// Values.
+    all,
+}
+
+/// Whether statements are recorded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PostgresGucEnum)]
+#[allow(non_camel_case_types, reason = "the names are the setting's values")]
+pub enum Record {
+    /// All but those that an exclusion covers.
+    all,
+    /// Only those that no exclusion could cover.
+    none,
+}
+
 /// Where the journal lives. Its own disk protects it from a data directory that is full.
 static JOURNAL_DIRECTORY: GucSetting<Option<CString>> =
     GucSetting::<Option<CString>>::new(Some(c"pg_warden"));
@@ -35,6 +59,11 @@ static FILE_SINK_DIRECTORY: GucSetting<Option<CString>> =
 
 /// A login storm must not become a storm of events.
 static CONNECTION_FAILURE_WINDOW: GucSetting<i32> = GucSetting::<i32>::new(60);
+/// For a migration, say. To silence one job there is warden.exclude().
+static RECORD: GucSetting<Record> = GucSetting::<Record>::new(Record::all);
+/// A ledger cannot forget: what is written there as it is stays. See docs/adr/0005-values-of-statements.md.
+static RECORD_PARAMETERS: GucSetting<RecordParameters> =
+    GucSetting::<RecordParameters>::new(RecordParameters::digest);
 
 /// Defines the settings and reserves their prefix.
 pub fn init() {
@@ -90,6 +119,24 @@ pub fn init() {
         GucContext::Sighup,
         GucFlags::SUPERUSER_ONLY,
     );
+    GucRegistry::define_enum_guc(
+        c"warden.record",
+        c"Whether statements are recorded.",
+        c"none: refusals, failures, changes of pg_warden itself and the use of masked columns are \
+          recorded nevertheless.",
+        &RECORD,
+        GucContext::Sighup,
+        GucFlags::default(),
+    );
+    GucRegistry::define_enum_guc(
+        c"warden.record_parameters",
+        c"What is recorded of literals and bind parameters.",
+        c"none, digest, safe (values, but digests of what is masked or looks personal) or all. \
+          Passwords and tokens are recorded under none of them.",
+        &RECORD_PARAMETERS,
+        GucContext::Sighup,
+        GucFlags::default(),
+    );
 }
 
 fn path(setting: &GucSetting<Option<CString>>) -> String {
@@ -122,6 +169,16 @@ pub fn on_journal_full() -> OnJournalFull {
 /// `warden.connection_failure_window` in microseconds.
 pub fn connection_failure_window() -> i64 {
     i64::from(CONNECTION_FAILURE_WINDOW.get()) * 1_000_000
+}
+
+/// `warden.record` is `all`.
+pub fn records_all() -> bool {
+    RECORD.get() == Record::all
+}
+
+/// `warden.record_parameters`.
+pub fn record_parameters() -> RecordParameters {
+    RECORD_PARAMETERS.get()
 }
 
 /// `warden.file_sink_directory`; relative to the data directory.

@@ -360,6 +360,11 @@ impl Cluster {
 
     /// Runs a script with psql; what it prints to both outputs, in order.
     pub fn psql(&self, user: &str, database: &str, script: &str) -> Result<String> {
+        self.psql_bytes(user, database, script.as_bytes())
+    }
+
+    /// As [`Self::psql`], with a script in any encoding.
+    pub fn psql_bytes(&self, user: &str, database: &str, script: &[u8]) -> Result<String> {
         let file = self.socket.join("script.sql");
         fs::write(&file, script)?;
         fs::set_permissions(&file, fs::Permissions::from_mode(0o644))?;
@@ -376,7 +381,7 @@ impl Cluster {
             .stderr(out)
             .status()
             .context("psql")?;
-        let text = fs::read_to_string(both)?;
+        let text = String::from_utf8_lossy(&fs::read(both)?).into_owned();
         // psql names the script in front of each error.
         Ok(text.replace(&format!("psql:{}:", file.display()), "psql:"))
     }

@@ -1,6 +1,6 @@
 //! SQL functions of the ledger. Declared in `sql/10_ledger.sql`.
 
-use crate::pg::{journal, ledger_table};
+use crate::pg::{exclusions, journal, ledger_table, parameters};
 use pgrx::prelude::*;
 
 /// `warden.event_detail(kind, payload)`.
@@ -9,6 +9,18 @@ fn event_detail(kind: i16, payload: &[u8]) -> pgrx::JsonB {
     pgrx::JsonB(ledger_table::server_json(warden_core::join::describe(
         kind, payload,
     )))
+}
+
+/// `warden.value_digest(value)`.
+#[pg_extern(sql = false, stable, parallel_safe)]
+fn value_digest(value: &str) -> String {
+    parameters::value_digest(value)
+}
+
+/// `warden.left_out(exclusion)`.
+#[pg_extern(sql = false)]
+fn left_out(exclusion: i32) -> i64 {
+    exclusions::left_out(exclusion)
 }
 
 /// `warden.verify(from_seq, to_seq)`.

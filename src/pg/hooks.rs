@@ -9,7 +9,8 @@ use crate::pg::raise::{self, Raised};
 use crate::pg::record::{self, Begun};
 use crate::pg::shape::{self, statement_text};
 use crate::pg::{
-    chain, databases, identity, local::Local, mask, parallel, policy, rules, transaction, worker,
+    chain, databases, exclusions, identity, local::Local, mask, parallel, parameters, policy,
+    rules, transaction, worker,
 };
 use pgrx::{pg_guard, pg_sys};
 use std::ffi::{c_char, c_int, c_void};
@@ -131,8 +132,12 @@ unsafe extern "C-unwind" fn before_planner(
             Err(refusal) => {
                 let sql = statement_text(source, (*parse).stmt_location, (*parse).stmt_len);
                 let command = shape::command_name((*parse).commandType);
-                let begun =
-                    record::begin(false, true, |dest| shape::utility(dest, command, sql, &[]));
+                let begun = record::begin(
+                    false,
+                    true,
+                    |dest| shape::utility(dest, command, sql, &[]),
+                    |_| Vec::new(),
+                );
                 record::blocked(begun.unwrap_or(Begun::UNRECORDED), &refusal);
                 *refused = Some(raise::prepare(&refusal));
                 std::ptr::null_mut()
@@ -207,9 +212,18 @@ unsafe extern "C-unwind" fn before_start(
         } else {
             Ok(())
         };
-        let begun = record::begin(false, notes.masked, |dest| {
-            shape::planned(dest, stmt, notes.shape, sql)
-        });
+        if decision.is_ok()
+            && policy::installed()
+            && exclusions::leave_out_planned(stmt, notes.masked)
+        {
+            return false;
+        }
+        let begun = record::begin(
+            false,
+            notes.masked,
+            |dest| shape::planned(dest, stmt, notes.shape, sql),
+            |shape| parameters::planned(shape, stmt, (*query).params, sql),
+        );
         match (decision, begun) {
             (Ok(()), Ok(Begun::UNRECORDED)) => false,
             (Ok(()), Ok(begun)) => {
@@ -448,9 +462,18 @@ unsafe extern "C-unwind" fn before_utility(source: *const c_char, d: *mut Decide
         } else {
             Ok(())
         };
-        let begun = record::begin(true, false, |dest| {
-            shape::utility(dest, &utility.command, sql, &utility.targets)
-        });
+        let left_out =
+            installed && decision.is_ok() && exclusions::leave_out_utility(&utility, sql);
+        let begun = if left_out {
+            Ok(Begun::LEFT_OUT)
+        } else {
+            record::begin(
+                true,
+                false,
+                |dest| shape::utility(dest, &utility.command, sql, &utility.targets),
+                |shape| parameters::utility(shape, &utility.command, sql),
+            )
+        };
         match (decision, begun) {
             (Err(refusal), begun) => {
                 record::blocked(begun.unwrap_or(Begun::UNRECORDED), &refusal);

@@ -16,8 +16,7 @@ use std::ffi::{CStr, CString, c_int};
 use std::net::IpAddr;
 use warden_core::connection::{ConnectionFacts, ConnectionRow, Ending};
 use warden_core::event::{Event, EventKind};
-use warden_core::frame::Intent;
-use warden_core::join::{Batch, Directory, SessionRow, StatementRow, TransactionRow};
+use warden_core::join::{Batch, Directory, OpenIntent, SessionRow, StatementRow, TransactionRow};
 use warden_core::ledger::{Chain, ChainError, Hash, ORIGIN};
 
 /// Events of a partition.
@@ -50,7 +49,7 @@ pub struct Stored {
     /// `at` of the last event, or 0.
     pub at: i64,
     /// Open intents.
-    pub pending: Vec<(u64, Intent)>,
+    pub pending: Vec<(u64, OpenIntent)>,
     /// Open transactions.
     pub unsettled: Vec<(u64, Vec<u8>)>,
 }
@@ -139,7 +138,7 @@ impl Ledger {
             )? {
                 let position = row.get::<i64>(1)?.unwrap_or(0) as u64;
                 let frame = row.get::<Vec<u8>>(2)?.unwrap_or_default();
-                if let Some(intent) = Intent::decode(&frame) {
+                if let Some(intent) = OpenIntent::decode(&frame) {
                     pending.push((position, intent));
                 }
             }
@@ -652,7 +651,7 @@ fn transaction_values(r: &TransactionRow) -> [Value; 5] {
     ]
 }
 
-fn statement_values(r: &StatementRow) -> [Value; 7] {
+fn statement_values(r: &StatementRow) -> [Value; 9] {
     let f = &r.facts;
     [
         r.id.into_datum(),
@@ -662,6 +661,12 @@ fn statement_values(r: &StatementRow) -> [Value; 7] {
         text(&f.fingerprint),
         json(&f.accesses),
         json(&f.masked),
+        (f.full_length > 0)
+            .then_some(f.full_length as i64)
+            .and_then(IntoDatum::into_datum),
+        (!f.digest.is_empty())
+            .then_some(f.digest.as_slice())
+            .and_then(bytea),
     ]
 }
 

@@ -31,6 +31,12 @@ impl Begun {
         dest: 0,
         at: 0,
     };
+    /// An execution that an exclusion covers. Its failure is recorded.
+    pub const LEFT_OUT: Self = Self {
+        intent: 0,
+        dest: u32::MAX,
+        at: 0,
+    };
 }
 
 struct Executor {
@@ -136,11 +142,13 @@ pub fn wake_launcher() {
     }
 }
 
-/// Records that a statement is about to run. `shape` gives the key of its shape for a ledger.
+/// Records that a statement is about to run. `shape` gives the key of its shape for a ledger, and
+/// `values` what is recorded of its values, called after it.
 pub fn begin(
     utility: bool,
     masked: bool,
     shape: impl Fn(u32) -> Option<u64>,
+    values: impl Fn(u64) -> Vec<u8>,
 ) -> Result<Begun, Refusal> {
     let dest = destination();
     if dest == 0 {
@@ -164,7 +172,7 @@ pub fn begin(
     }
     let at = now();
     loop {
-        if let Some(intent) = append_intent(dest, at, parent, bits, &shape) {
+        if let Some(intent) = append_intent(dest, at, parent, bits, &shape, &values) {
             return Ok(Begun { intent, dest, at });
         }
         match settings::on_journal_full() {
@@ -195,6 +203,7 @@ fn append_intent(
     parent: u64,
     bits: u32,
     shape: impl Fn(u32) -> Option<u64>,
+    values: impl Fn(u64) -> Vec<u8>,
 ) -> Option<u64> {
     report_gap(dest);
     let session = session::key(dest)?;
@@ -207,7 +216,13 @@ fn append_intent(
         parent,
         flags: bits,
     };
-    journal::append(FrameKind::Intent, dest, &intent.encode(), false).ok()
+    let fixed = intent.encode();
+    let values = values(shape);
+    if values.is_empty() {
+        return journal::append(FrameKind::Intent, dest, &fixed, false).ok();
+    }
+    let payload = [&fixed[..], &values].concat();
+    journal::append(FrameKind::Intent, dest, &payload, false).ok()
 }
 
 /// Something went on unrecorded: a later frame says so.
@@ -232,7 +247,7 @@ fn report_gap(dest: u32) {
 
 /// Records how a statement ended.
 pub fn end(begun: Begun, outcome: Ended, sqlstate: Option<c_int>, rows: i64, rule: &str) {
-    if outcome != Ended::Succeeded {
+    if outcome != Ended::Succeeded && begun != Begun::LEFT_OUT {
         STATE.with(|s| s.failure_recorded = true);
     }
     if begun.intent == 0 {
@@ -354,6 +369,12 @@ pub fn leave_failed(depth: usize) {
     STATE.with(|s| s.running.truncate(depth));
 }
 
+/// How many statements run inside each other.
+#[inline]
+pub fn depth() -> usize {
+    STATE.with(|s| s.running.len())
+}
+
 /// Whether a statement runs inside another one.
 #[inline]
 pub fn nested() -> bool {
@@ -391,8 +412,8 @@ pub fn on_abort(sqlstate: c_int, sql: &[u8]) {
     }
     register_exit();
     let at = now();
-    let shape = |d| shape::utility(d, "UNKNOWN", sql, &[]);
-    match append_intent(dest, at, 0, 0, shape) {
+    let shape = |d| shape::unparsed(d, sqlstate, sql);
+    match append_intent(dest, at, 0, 0, shape, |_| Vec::new()) {
         Some(intent) => end(
             Begun { intent, dest, at },
             Ended::Failed,

@@ -208,6 +208,17 @@ pub struct Utility {
     is_copy: bool,
 }
 
+impl Utility {
+    /// The command tag; of a COPY, with its direction.
+    pub fn label(&self) -> &str {
+        match (self.is_copy, self.changes) {
+            (false, _) => &self.command,
+            (true, true) => "COPY FROM",
+            (true, false) => "COPY TO",
+        }
+    }
+}
+
 /// Finds out what a utility command is about to do. Without a transaction, names are not resolved.
 ///
 /// # Safety

@@ -8,17 +8,20 @@ use crate::pg::compat::{self, Permission};
 use crate::pg::local::Local;
 use crate::pg::session::text;
 use crate::pg::shared::shared;
-use crate::pg::{journal, mask};
+use crate::pg::{journal, mask, parameters};
 use pgrx::pg_sys;
 use siphasher::sip::SipHasher13;
 use std::collections::HashSet;
+use std::ffi::c_int;
 use std::hash::Hasher;
 use warden_core::event::{Access, AccessKind, MaskedColumn, ShapeFacts};
 use warden_core::frame::FrameKind;
-use warden_core::text::{normalise, shape_hash};
+use warden_core::text::{Names, Normalised, normalise_names};
 
 /// Bytes of normalised text that are kept; of a longer one, its length and digest are too.
 const TEXT_LIMIT: usize = 64 * 1024;
+/// Bytes of relations and columns that are kept.
+const ACCESSES_LIMIT: usize = 512 * 1024;
 /// Shapes that a backend remembers; past that it starts anew, and records them again.
 const REMEMBERED: usize = 8192;
 
@@ -62,22 +65,13 @@ fn hasher() -> SipHasher13 {
     SipHasher13::new_with_keys(k0, k1)
 }
 
-fn text_hash(sql: &[u8]) -> u64 {
-    // SAFETY: reads a setting.
-    shape_hash(
-        sql,
-        unsafe { pg_sys::standard_conforming_strings },
-        shared().hash_key(),
-    )
-}
-
 /// The key of the shape of a planned statement, whose text is `sql`. It is never 0.
 ///
 /// # Safety
 /// `stmt` is a valid PlannedStmt, in a transaction.
 pub unsafe fn plan_key(stmt: *mut pg_sys::PlannedStmt, sql: &[u8]) -> u64 {
     let mut h = hasher();
-    h.write_u64(text_hash(sql));
+    h.write_u64(parameters::text_hash(sql));
     // SAFETY: a valid statement; sets are only read.
     unsafe {
         h.write_u32((*stmt).commandType);
@@ -129,7 +123,7 @@ pub unsafe fn planned<'a>(
             .collect();
         facts(
             command_name((*stmt).commandType).to_owned(),
-            sql(),
+            text_of(sql(), Names::All),
             accesses,
             masked,
         )
@@ -138,8 +132,38 @@ pub unsafe fn planned<'a>(
 
 /// The key of a utility command's shape; `None` if the journal is full.
 pub fn utility(dest: u32, command: &str, sql: &[u8], targets: &[Target]) -> Option<u64> {
+    if !parameters::may_name_values(command) {
+        return named(dest, command, sql, targets, Names::All);
+    }
+    let names = Names::BeforeSetting(parameters::is_keyword);
+    named(dest, command, sql, targets, names)
+}
+
+/// The key of the shape of a text that did not get as far as a hook; `None` if the journal is full.
+pub fn unparsed(dest: u32, sqlstate: c_int, sql: &[u8]) -> Option<u64> {
+    let names = if parameters::may_hold_anything(sqlstate, sql) {
+        Names::Keywords(parameters::is_keyword)
+    } else {
+        Names::BeforeSetting(parameters::is_keyword)
+    };
+    named(dest, "UNKNOWN", sql, &[], names)
+}
+
+fn named(dest: u32, command: &str, sql: &[u8], targets: &[Target], names: Names) -> Option<u64> {
     let mut h = hasher();
-    h.write_u64(text_hash(sql));
+    // What names hold must not show in the key either.
+    let text = match names {
+        Names::All => {
+            h.write_u64(parameters::text_hash(sql));
+            None
+        }
+        _ => {
+            let text = text_of(sql, names);
+            h.write(text.text.as_bytes());
+            h.write(&text.digest);
+            Some(text)
+        }
+    };
     h.write(command.as_bytes());
     for t in targets {
         h.write_u32(t.oid);
@@ -161,22 +185,22 @@ pub fn utility(dest: u32, command: &str, sql: &[u8], targets: &[Target]) -> Opti
                 columns: t.columns.clone(),
             })
             .collect();
-        facts(command.to_owned(), sql, accesses, Vec::new())
+        let text = text.unwrap_or_else(|| text_of(sql, names));
+        facts(command.to_owned(), text, accesses, Vec::new())
     })
+}
+
+fn text_of(sql: &[u8], names: Names) -> Normalised {
+    normalise_names(sql, parameters::backslashes(), TEXT_LIMIT, names)
 }
 
 fn facts(
     command: String,
-    sql: &[u8],
-    accesses: Vec<Access>,
+    n: Normalised,
+    mut accesses: Vec<Access>,
     masked: Vec<MaskedColumn>,
 ) -> ShapeFacts {
-    // SAFETY: reads a setting.
-    let n = normalise(
-        sql,
-        unsafe { pg_sys::standard_conforming_strings },
-        TEXT_LIMIT,
-    );
+    limit(&mut accesses);
     ShapeFacts {
         command,
         text: n.text,
@@ -186,6 +210,27 @@ fn facts(
         accesses,
         masked,
     }
+}
+
+/// Keeps a frame of the journal from growing too large: first columns go, then relations.
+fn limit(accesses: &mut Vec<Access>) {
+    let mut room = ACCESSES_LIMIT;
+    let mut kept = 0;
+    for a in accesses.iter_mut() {
+        // Kind, OID and lengths.
+        let own = a.schema.len() + a.relation.len() + 48;
+        let Some(rest) = room.checked_sub(own) else {
+            break;
+        };
+        room = rest;
+        kept += 1;
+        let columns: usize = a.columns.iter().map(|c| c.len() + 4).sum();
+        match room.checked_sub(columns) {
+            Some(rest) => room = rest,
+            None => a.columns.clear(),
+        }
+    }
+    accesses.truncate(kept);
 }
 
 fn send(dest: u32, key: u64, facts: impl FnOnce() -> ShapeFacts) -> Option<u64> {

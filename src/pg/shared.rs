@@ -42,6 +42,44 @@ pub enum SlotState {
     Gone = 1,
 }
 
+/// Counts that are kept: of exclusions beyond that, none is.
+const COUNTS: usize = 256;
+
+/// How many statements were left out, by the key of the exclusion.
+#[repr(C)]
+pub struct LeftOut([Count; COUNTS]);
+
+#[repr(C)]
+struct Count {
+    /// 0 if it is free.
+    key: AtomicU64,
+    count: AtomicU64,
+}
+
+impl LeftOut {
+    /// Counts a statement.
+    pub fn count(&self, key: u64) {
+        for c in &self.0 {
+            let free = c
+                .key
+                .compare_exchange(0, key, Ordering::AcqRel, Ordering::Acquire);
+            if free.is_ok() || free == Err(key) {
+                c.count.fetch_add(1, Ordering::Relaxed);
+                return;
+            }
+        }
+    }
+
+    /// How many statements were counted.
+    pub fn of(&self, key: u64) -> u64 {
+        let mine = |c: &&Count| c.key.load(Ordering::Acquire) == key;
+        self.0
+            .iter()
+            .find(mine)
+            .map_or(0, |c| c.count.load(Ordering::Relaxed))
+    }
+}
+
 /// The shared memory of pg_warden.
 #[repr(C)]
 pub struct Shared {
@@ -63,6 +101,8 @@ pub struct Shared {
     pub home: AtomicU32,
     /// Process id of the launcher; 0 before it has started, and negative once it has ended.
     pub launcher: AtomicI32,
+    /// What exclusions leave out.
+    pub left_out: LeftOut,
     /// The governed databases.
     pub slots: [Slot; MAX_DATABASES],
     /// Refused connections that are counted.

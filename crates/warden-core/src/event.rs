@@ -1,5 +1,6 @@
 //! Events: what the ledger holds, and the payloads that describe sessions and statements.
 
+use crate::parameter::{self, Parameter};
 use crate::tlv::{Reader, TlvError, Writer};
 use serde::{Deserialize, Serialize};
 
@@ -487,6 +488,8 @@ pub struct ExecutionFacts {
     pub xid: u64,
     /// The subtransaction, or 0 for the transaction itself.
     pub subtransaction: u32,
+    /// Its literals and bind parameters, as `warden.record_parameters` says.
+    pub parameters: Vec<Parameter>,
 }
 
 impl ExecutionFacts {
@@ -500,6 +503,7 @@ impl ExecutionFacts {
             .put_str(4, &self.rule)
             .put_u64(5, self.xid)
             .put_u64(6, u64::from(self.subtransaction));
+        parameter::put(&mut w, &self.parameters);
         w.finish()
     }
 
@@ -516,6 +520,9 @@ impl ExecutionFacts {
             rule: r.str(4)?,
             xid: r.u64(5)?,
             subtransaction: r.u64(6)? as u32,
+            parameters: parameter::get(&r).ok_or(TlvError::Value {
+                tag: parameter::TAG,
+            })?,
         })
     }
 }

@@ -140,7 +140,8 @@ pub fn frame_size(payload_len: usize) -> usize {
     (HEADER + payload_len).next_multiple_of(8)
 }
 
-/// A statement is about to run. Its frame's position identifies the execution.
+/// A statement is about to run. Its frame's position identifies the execution. A TLV payload may
+/// follow: see [`crate::parameter`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Intent {
     /// When it started: microseconds since 2000-01-01 UTC.

@@ -19,6 +19,7 @@ use crate::event::{
 };
 use crate::frame::{self, Fate, FrameKind, Header, Intent, Transaction, u64le};
 use crate::ledger::{Chain, Hash};
+use crate::parameter;
 use crate::tlv::Reader;
 use std::collections::{BTreeMap, HashMap};
 
@@ -153,7 +154,7 @@ pub struct Batch {
     /// Projections of its connection and boot events.
     pub connections: Vec<ConnectionRow>,
     /// Intents that stay open: position and payload.
-    pub opened: Vec<(u64, [u8; Intent::SIZE])>,
+    pub opened: Vec<(u64, Vec<u8>)>,
     /// Positions of intents of earlier batches that are open no more.
     pub closed: Vec<u64>,
     /// Transactions that stay open, and whose statements are in the ledger: the transaction id, and
@@ -196,9 +197,29 @@ pub fn describe(kind: i16, payload: &[u8]) -> serde_json::Value {
     }
 }
 
-#[derive(Debug, Clone, Copy)]
+/// An intent, and what follows its fixed part.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OpenIntent {
+    /// The fixed part.
+    pub intent: Intent,
+    /// A TLV payload, or nothing.
+    pub tail: Vec<u8>,
+}
+
+impl OpenIntent {
+    /// Reads a payload; `None` if it is too short.
+    #[must_use]
+    pub fn decode(payload: &[u8]) -> Option<Self> {
+        let intent = Intent::decode(payload)?;
+        let tail = payload[Intent::SIZE..].to_vec();
+        Some(Self { intent, tail })
+    }
+}
+
+#[derive(Debug, Clone)]
 struct Open {
     intent: Intent,
+    tail: Vec<u8>,
     /// Whether an earlier batch holds it.
     stored: bool,
     /// Whether a statement that it ran refers to it.
@@ -254,16 +275,17 @@ impl Joiner {
         start: u64,
         chain: Chain,
         at: i64,
-        open: impl IntoIterator<Item = (u64, Intent)>,
+        open: impl IntoIterator<Item = (u64, OpenIntent)>,
         unsettled: impl IntoIterator<Item = (u64, Vec<u8>)>,
     ) -> Self {
         let open = open
             .into_iter()
-            .map(|(pos, intent)| {
+            .map(|(pos, OpenIntent { intent, tail })| {
                 (
                     pos,
                     Open {
                         intent,
+                        tail,
                         stored: true,
                         // Whether it is, an earlier joiner knew.
                         referred: true,
@@ -418,7 +440,8 @@ impl Joiner {
         for (pos, open) in &mut self.open {
             if !open.stored {
                 open.stored = true;
-                self.batch.opened.push((*pos, open.intent.encode()));
+                let payload = [&open.intent.encode()[..], &open.tail].concat();
+                self.batch.opened.push((*pos, payload));
             }
         }
         for (xid, u) in &mut self.unsettled {
@@ -439,7 +462,7 @@ impl Joiner {
     }
 
     fn intent(&mut self, pos: u64, payload: &[u8]) -> bool {
-        let Some(intent) = Intent::decode(payload) else {
+        let Some(OpenIntent { intent, tail }) = OpenIntent::decode(payload) else {
             return false;
         };
         if self.open.contains_key(&pos) {
@@ -454,6 +477,7 @@ impl Joiner {
             pos,
             Open {
                 intent,
+                tail,
                 stored: false,
                 referred: false,
             },
@@ -490,6 +514,7 @@ impl Joiner {
     ) {
         let Open {
             intent,
+            tail,
             stored,
             referred,
         } = open;
@@ -513,6 +538,7 @@ impl Joiner {
             } else {
                 0
             },
+            parameters: parameters(&tail),
         };
         let mut event = blank(EventKind::Execution, intent.at, facts.encode());
         event.session = session;
@@ -727,6 +753,15 @@ impl Joiner {
     }
 }
 
+/// The values in an intent's tail.
+fn parameters(tail: &[u8]) -> Vec<parameter::Parameter> {
+    if tail.is_empty() {
+        return Vec::new();
+    }
+    let read = Reader::parse(tail).ok();
+    read.and_then(|r| parameter::get(&r)).unwrap_or_default()
+}
+
 fn blank(kind: EventKind, at: i64, payload: Vec<u8>) -> Event {
     Event {
         seq: 0,
@@ -789,7 +824,7 @@ mod tests {
         sessions: HashMap<u64, i64>,
         statements: HashMap<u64, i64>,
         connections: Vec<ConnectionRow>,
-        pending: BTreeMap<u64, Intent>,
+        pending: BTreeMap<u64, OpenIntent>,
         transactions: HashMap<u64, TransactionFacts>,
         unsettled: BTreeMap<u64, Vec<u8>>,
         committed: HashSet<u64>,
@@ -811,7 +846,7 @@ mod tests {
     impl Tables {
         fn joiner(&self) -> Joiner {
             let at = self.events.last().map_or(0, |(e, _)| e.at);
-            let pending = self.pending.iter().map(|(p, i)| (*p, *i));
+            let pending = self.pending.iter().map(|(p, i)| (*p, i.clone()));
             let unsettled = self.unsettled.clone();
             let mut j = Joiner::new(DB, START, self.chain.clone(), at, pending, unsettled);
             j.remembered = 2;
@@ -843,7 +878,7 @@ mod tests {
             for (pos, i) in &b.opened {
                 assert!(
                     self.pending
-                        .insert(*pos, Intent::decode(i).unwrap())
+                        .insert(*pos, OpenIntent::decode(i).unwrap())
                         .is_none()
                 );
             }

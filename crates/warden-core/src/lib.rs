@@ -7,12 +7,14 @@
 
 pub mod connection;
 pub mod event;
+pub mod exclusion;
 pub mod frame;
 pub mod guardrail;
 pub mod identity;
 pub mod join;
 pub mod ledger;
 pub mod masks;
+pub mod parameter;
 pub mod sink;
 pub mod text;
 pub mod tlv;

@@ -196,6 +196,8 @@ struct ExecutionPart {
     xid: u64,
     #[serde(skip_serializing_if = "is_zero")]
     subtransaction: u32,
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    parameters: Vec<crate::parameter::Parameter>,
 }
 
 #[derive(Serialize)]
@@ -394,6 +396,7 @@ pub fn render(origin: &Origin, stored: &Stored, context: Context<'_>) -> String 
             parent_position: x.parent,
             xid: x.xid,
             subtransaction: x.subtransaction,
+            parameters: x.parameters,
         }),
         gap,
         transaction,

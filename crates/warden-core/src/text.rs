@@ -12,7 +12,44 @@
 use memchr::{memchr, memchr2, memmem};
 use sha2::{Digest, Sha256};
 use siphasher::sip::SipHasher13;
+use std::borrow::Cow;
 use std::hash::Hasher;
+use std::ops::Range;
+
+/// Whether `\` escapes in a plain string.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Backslashes {
+    /// It is a character: `standard_conforming_strings` is on.
+    Plain,
+    /// It escapes.
+    Escape,
+    /// The setting has changed since the text was parsed. What is a literal one way or the other
+    /// is one: behind a `\'` in a plain string, that is everything.
+    Either,
+}
+
+impl From<bool> for Backslashes {
+    /// The value of `standard_conforming_strings`.
+    fn from(standard_conforming_strings: bool) -> Self {
+        if standard_conforming_strings {
+            Self::Plain
+        } else {
+            Self::Escape
+        }
+    }
+}
+
+/// Which names are kept.
+#[derive(Debug, Clone, Copy)]
+pub enum Names {
+    /// All.
+    All,
+    /// Keywords only, as this function knows them in lower case: a text that no parser accepted may
+    /// hold anything anywhere.
+    Keywords(fn(&[u8]) -> bool),
+    /// All but what is assigned to a setting with a point in its name: `SET app.token = hush`.
+    BeforeSetting(fn(&[u8]) -> bool),
+}
 
 /// A normalised statement.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -29,8 +66,19 @@ pub struct Normalised {
 #[must_use]
 pub fn normalise(
     sql: impl AsRef<[u8]>,
-    standard_conforming_strings: bool,
+    backslashes: impl Into<Backslashes>,
     limit: usize,
+) -> Normalised {
+    normalise_names(sql, backslashes, limit, Names::All)
+}
+
+/// As [`normalise`]; names that are not kept become literals.
+#[must_use]
+pub fn normalise_names(
+    sql: impl AsRef<[u8]>,
+    backslashes: impl Into<Backslashes>,
+    limit: usize,
+    names: Names,
 ) -> Normalised {
     let sql = sql.as_ref();
     let kept = Vec::with_capacity(sql.len().min(limit));
@@ -40,7 +88,9 @@ pub fn normalise(
         total: 0,
         digest: None,
     };
-    Lexer::new(sql, standard_conforming_strings, &mut sink).run();
+    let mut lexer = Lexer::new(sql, backslashes.into(), &mut sink);
+    lexer.names = names;
+    lexer.run();
     sink.finish()
 }
 
@@ -49,17 +99,244 @@ pub fn normalise(
 /// Two statements have the same hash if, and up to collisions only if, they have the same
 /// normalised text.
 #[must_use]
-pub fn shape_hash(sql: &[u8], standard_conforming_strings: bool, key: (u64, u64)) -> u64 {
+pub fn shape_hash(sql: &[u8], backslashes: impl Into<Backslashes>, key: (u64, u64)) -> u64 {
     let mut hasher = SipHasher13::new_with_keys(key.0, key.1);
-    Lexer::new(sql, standard_conforming_strings, &mut hasher).run();
+    Lexer::new(sql, backslashes.into(), &mut hasher).run();
     hasher.finish()
+}
+
+/// A literal of a statement.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Literal {
+    /// `n` of the `$n` that stands for it.
+    pub number: u32,
+    /// Where it is.
+    pub span: Range<usize>,
+    /// A minus goes with the number.
+    pub negative: bool,
+}
+
+/// The literals of a statement, the first [`Self::KEPT`] of them.
+#[derive(Debug, Default)]
+pub struct Literals {
+    /// In order.
+    pub kept: Vec<Literal>,
+    /// How many there are.
+    pub count: usize,
+}
+
+impl Literals {
+    /// More than fit into a record.
+    pub const KEPT: usize = 128;
+}
+
+/// Finds the literals of a statement.
+pub fn find_literals(sql: &[u8], backslashes: impl Into<Backslashes>, literals: &mut Literals) {
+    literals.kept.clear();
+    literals.count = 0;
+    Lexer::new(sql, backslashes.into(), literals).run();
+}
+
+/// What a literal says: without quotes, escapes resolved. A bit string keeps its form, and so does
+/// what is not terminated.
+#[must_use]
+pub fn literal_value<'a>(
+    sql: &'a [u8],
+    literal: &Literal,
+    backslashes: Backslashes,
+) -> Cow<'a, [u8]> {
+    let raw = sql.get(literal.span.clone()).unwrap_or_default();
+    let (quote, escapes) = match raw {
+        [b'\'', ..] => (0, backslashes != Backslashes::Plain),
+        [b'n' | b'N', b'\'', ..] => (1, backslashes != Backslashes::Plain),
+        [b'e' | b'E', b'\'', ..] => (1, true),
+        [b'u' | b'U', b'&', b'\'', ..] => return unicode_value(raw),
+        [b'$', ..] => {
+            let tag = raw[1..]
+                .iter()
+                .position(|b| *b == b'$')
+                .map_or(0, |n| n + 2);
+            let body = raw.get(tag..raw.len().saturating_sub(tag).max(tag));
+            return Cow::Borrowed(body.unwrap_or(raw));
+        }
+        _ if literal.negative => return Cow::Owned([b"-", raw].concat()),
+        _ => return Cow::Borrowed(raw),
+    };
+    let mut out = Vec::with_capacity(raw.len());
+    for_each_piece(raw, quote, escapes, |piece| out.extend_from_slice(piece));
+    if escapes {
+        out = unescaped(&out);
+    }
+    Cow::Owned(out)
+}
+
+/// Hands on what is between the quotes, a doubled quote as one.
+fn for_each_piece(raw: &[u8], quote: usize, escapes: bool, mut f: impl FnMut(&[u8])) {
+    let mut nothing = Nothing;
+    let lexer = Lexer::new(raw, Backslashes::Plain, &mut nothing);
+    let (mut i, mut start) = (quote + 1, quote + 1);
+    while i < raw.len() {
+        match raw[i] {
+            b'\\' if escapes => i += 2,
+            b'\'' if lexer.at(i + 1) == b'\'' => {
+                f(&raw[start..=i]);
+                i += 2;
+                start = i;
+            }
+            b'\'' => {
+                f(&raw[start..i]);
+                match lexer.continuation(i + 1) {
+                    Some(next) => {
+                        i = next + 1;
+                        start = i;
+                    }
+                    None => return,
+                }
+            }
+            _ => i += 1,
+        }
+    }
+    f(raw.get(start..).unwrap_or_default());
+}
+
+/// Resolves the escapes of `E'…'`.
+fn unescaped(s: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(s.len());
+    let mut i = 0;
+    while i < s.len() {
+        if s[i] != b'\\' || i + 1 == s.len() {
+            out.push(s[i]);
+            i += 1;
+            continue;
+        }
+        let c = s[i + 1];
+        i += 2;
+        let (radix, most) = match c {
+            b'b' => {
+                out.push(8);
+                continue;
+            }
+            b'f' => {
+                out.push(12);
+                continue;
+            }
+            b'n' => {
+                out.push(b'\n');
+                continue;
+            }
+            b'r' => {
+                out.push(b'\r');
+                continue;
+            }
+            b't' => {
+                out.push(b'\t');
+                continue;
+            }
+            b'0'..=b'7' => {
+                i -= 1;
+                (8, 3)
+            }
+            b'x' => (16, 2),
+            b'u' => (16, 4),
+            b'U' => (16, 8),
+            _ => {
+                out.push(c);
+                continue;
+            }
+        };
+        let (n, length) = digits(&s[i..], radix, most);
+        i += length;
+        if length == 0 {
+            out.push(c);
+        } else if matches!(c, b'u' | b'U') {
+            push_char(&mut out, n);
+        } else {
+            out.push(n as u8);
+        }
+    }
+    out
+}
+
+/// The number that `s` starts with, and how many digits it has.
+fn digits(s: &[u8], radix: u32, most: usize) -> (u32, usize) {
+    let mut n = 0u32;
+    for (i, b) in s.iter().take(most).enumerate() {
+        match char::from(*b).to_digit(radix) {
+            Some(d) => n = n.wrapping_mul(radix).wrapping_add(d),
+            None => return (n, i),
+        }
+    }
+    (n, s.len().min(most))
+}
+
+fn push_char(out: &mut Vec<u8>, n: u32) {
+    let c = char::from_u32(n).unwrap_or(char::REPLACEMENT_CHARACTER);
+    out.extend_from_slice(c.encode_utf8(&mut [0; 4]).as_bytes());
+}
+
+/// `U&'…'`; with UESCAPE, the escapes stay as they are.
+fn unicode_value(raw: &[u8]) -> Cow<'_, [u8]> {
+    let mut inner = Vec::with_capacity(raw.len());
+    for_each_piece(raw, 2, false, |piece| inner.extend_from_slice(piece));
+    if raw.last() != Some(&b'\'') || contains_word(raw, b"uescape") {
+        return Cow::Owned(inner);
+    }
+    let mut out = Vec::with_capacity(inner.len());
+    let mut i = 0;
+    while i < inner.len() {
+        if inner[i] != b'\\' {
+            out.push(inner[i]);
+            i += 1;
+            continue;
+        }
+        let (skip, most) = if inner.get(i + 1) == Some(&b'+') {
+            (2, 6)
+        } else {
+            (1, 4)
+        };
+        let (n, length) = digits(inner.get(i + skip..).unwrap_or_default(), 16, most);
+        if length == most {
+            push_char(&mut out, n);
+            i += skip + most;
+        } else {
+            out.push(b'\\');
+            // A doubled backslash is one.
+            i += 1 + usize::from(inner.get(i + 1) == Some(&b'\\'));
+        }
+    }
+    Cow::Owned(out)
+}
+
+fn contains_word(text: &[u8], word: &[u8]) -> bool {
+    text.windows(word.len())
+        .any(|w| w.eq_ignore_ascii_case(word))
 }
 
 /// Where normalised bytes go.
 trait Sink {
     /// False if nobody looks at the bytes: then literals need no numbers.
     const LIVE: bool = true;
+    /// False if names are always kept.
+    const NAMES: bool = false;
     fn put(&mut self, bytes: &[u8]);
+    /// A literal was passed over.
+    #[inline]
+    fn literal(&mut self, _number: u32, _span: Range<usize>, _negative: bool) {}
+}
+
+impl Sink for Literals {
+    fn put(&mut self, _: &[u8]) {}
+
+    fn literal(&mut self, number: u32, span: Range<usize>, negative: bool) {
+        self.count += 1;
+        if self.kept.len() < Self::KEPT {
+            self.kept.push(Literal {
+                number,
+                span,
+                negative,
+            });
+        }
+    }
 }
 
 impl Sink for SipHasher13 {
@@ -86,6 +363,7 @@ struct Cut {
 }
 
 impl Sink for Cut {
+    const NAMES: bool = true;
     fn put(&mut self, bytes: &[u8]) {
         self.total += bytes.len() as u64;
         if let Some(digest) = &mut self.digest {
@@ -174,7 +452,11 @@ struct Lexer<'a, S> {
     last: u8,
     /// Whether the last token may end an operand, so that a sign is a binary operator.
     operand: bool,
-    scs: bool,
+    backslashes: Backslashes,
+    names: Names,
+    setting: Setting,
+    /// The number that follows has a minus.
+    negative: bool,
     /// The highest parameter so far.
     max_param: u32,
     /// The number of the last literal, once there is one.
@@ -182,8 +464,18 @@ struct Lexer<'a, S> {
     sink: &'a mut S,
 }
 
+/// How far a `SET name.name = value` has been read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Setting {
+    No,
+    Set,
+    Name,
+    Custom,
+    Value,
+}
+
 impl<'a, S: Sink> Lexer<'a, S> {
-    fn new(sql: &'a [u8], scs: bool, sink: &'a mut S) -> Self {
+    fn new(sql: &'a [u8], backslashes: Backslashes, sink: &'a mut S) -> Self {
         let (pos, run, last, operand, max_param, literal) = (0, 0, 0, false, 0, None);
         Self {
             sql,
@@ -191,7 +483,10 @@ impl<'a, S: Sink> Lexer<'a, S> {
             run,
             last,
             operand,
-            scs,
+            backslashes,
+            names: Names::All,
+            setting: Setting::No,
+            negative: false,
             max_param,
             literal,
             sink,
@@ -234,6 +529,8 @@ impl<'a, S: Sink> Lexer<'a, S> {
     /// Replaces `pos..end` by the next `$n`.
     fn literal(&mut self, end: usize) {
         self.flush();
+        let span = self.pos..end;
+        let negative = std::mem::take(&mut self.negative);
         self.pos = end;
         self.run = end;
         self.operand = true;
@@ -246,6 +543,7 @@ impl<'a, S: Sink> Lexer<'a, S> {
         }
         .saturating_add(1);
         self.literal = Some(n);
+        self.sink.literal(n, span, negative);
         let mut buf = [0u8; 13];
         let mut i = buf.len();
         // `SELECT'x'AS y` is `SELECT $1 AS y`: a number that touches a word would join it.
@@ -280,7 +578,7 @@ impl<'a, S: Sink> Lexer<'a, S> {
             return self.max_param;
         }
         let mut nothing = Nothing;
-        let mut ahead = Lexer::new(rest, self.scs, &mut nothing);
+        let mut ahead = Lexer::new(rest, self.backslashes, &mut nothing);
         ahead.run();
         self.max_param.max(ahead.max_param)
     }
@@ -364,15 +662,27 @@ impl<'a, S: Sink> Lexer<'a, S> {
         if next == b'\'' {
             let quote = self.pos + 1;
             match b {
-                b'e' | b'E' => return self.literal(self.string_end(quote, true)),
-                b'b' | b'B' | b'x' | b'X' => return self.literal(self.string_end(quote, false)),
-                b'n' | b'N' => return self.literal(self.string_end(quote, !self.scs)),
+                b'e' | b'E' => {
+                    return self.literal(self.string_end(quote, Backslashes::Escape));
+                }
+                b'b' | b'B' | b'x' | b'X' => {
+                    return self.literal(self.string_end(quote, Backslashes::Plain));
+                }
+                b'n' | b'N' => {
+                    return self.literal(self.string_end(quote, self.backslashes));
+                }
                 _ => {}
             }
         } else if next == b'&' && (b == b'u' || b == b'U') {
             match self.at(self.pos + 2) {
                 b'\'' => {
-                    let end = self.string_end(self.pos + 2, false);
+                    // Where backslashes escape, PostgreSQL refuses this form: who wrote it may have
+                    // escaped a quote.
+                    let backslashes = match self.backslashes {
+                        Backslashes::Plain => Backslashes::Plain,
+                        _ => Backslashes::Either,
+                    };
+                    let end = self.string_end(self.pos + 2, backslashes);
                     return self.literal(self.uescape_end(end));
                 }
                 b'"' => return self.quoted_name(self.pos + 2),
@@ -383,8 +693,33 @@ impl<'a, S: Sink> Lexer<'a, S> {
         while i < self.sql.len() && is(self.sql[i], IDENT) {
             i += 1;
         }
+        if S::NAMES && self.hides(i, false) {
+            return self.literal(i);
+        }
         self.pos = i;
         self.operand = true;
+    }
+
+    /// Whether the name up to `end` is not kept.
+    #[cold]
+    fn hides(&mut self, end: usize, quoted: bool) -> bool {
+        let word = self.sql[self.pos..end].to_ascii_lowercase();
+        match self.names {
+            Names::All => false,
+            Names::Keywords(is_keyword) => quoted || !is_keyword(&word),
+            Names::BeforeSetting(is_keyword) => {
+                self.setting = match (self.setting, word.as_slice()) {
+                    (Setting::Value, _) => return quoted || !is_keyword(&word),
+                    (Setting::Custom, b"to") if !quoted => Setting::Value,
+                    (Setting::Custom, _) => Setting::Custom,
+                    (_, b"set") if !quoted => Setting::Set,
+                    (Setting::Set, b"local" | b"session") if !quoted => Setting::Set,
+                    (Setting::Set, _) => Setting::Name,
+                    _ => Setting::No,
+                };
+                false
+            }
+        }
     }
 
     /// The end of `UESCAPE 'c'` behind the string that ends at `end`, or `end`.
@@ -398,7 +733,7 @@ impl<'a, S: Sink> Lexer<'a, S> {
         }
         let quote = self.skip_blank(word + 7);
         if self.at(quote) == b'\'' {
-            self.string_end(quote, !self.scs)
+            self.string_end(quote, self.backslashes)
         } else {
             end
         }
@@ -406,11 +741,11 @@ impl<'a, S: Sink> Lexer<'a, S> {
 
     /// The end of a string whose opening quote is at `quote`, continuations on later lines
     /// included.
-    fn string_end(&self, quote: usize, backslash: bool) -> usize {
+    fn string_end(&self, quote: usize, backslashes: Backslashes) -> usize {
         let mut i = quote + 1;
         loop {
             let rest = self.sql.get(i..).unwrap_or_default();
-            let found = if backslash {
+            let found = if backslashes != Backslashes::Plain {
                 memchr2(b'\'', b'\\', rest)
             } else {
                 memchr(b'\'', rest)
@@ -419,7 +754,11 @@ impl<'a, S: Sink> Lexer<'a, S> {
                 return self.sql.len();
             };
             i += n;
-            if self.sql[i] == b'\\' || self.at(i + 1) == b'\'' {
+            let next = self.at(i + 1);
+            if self.sql[i] == b'\\' && next == b'\'' && backslashes == Backslashes::Either {
+                return self.sql.len();
+            }
+            if self.sql[i] == b'\\' || next == b'\'' {
                 i += 2;
             } else if let Some(next) = self.continuation(i + 1) {
                 i = next + 1;
@@ -460,6 +799,9 @@ impl<'a, S: Sink> Lexer<'a, S> {
                 break;
             }
             i += 1;
+        }
+        if S::NAMES && self.hides(i, true) {
+            return self.literal(i);
         }
         self.pos = i;
         self.operand = true;
@@ -521,8 +863,12 @@ impl<'a, S: Sink> Lexer<'a, S> {
                 self.flush();
                 self.pos = number;
                 self.run = number;
+                self.negative = first == b'-';
                 return self.number();
             }
+        }
+        if S::NAMES && self.setting == Setting::Custom && &self.sql[start..i] == b"=" {
+            self.setting = Setting::Value;
         }
         self.pos = i;
         self.operand = false;
@@ -530,7 +876,7 @@ impl<'a, S: Sink> Lexer<'a, S> {
 
     fn punctuation(&mut self, b: u8) {
         match b {
-            b'\'' => self.literal(self.string_end(self.pos, !self.scs)),
+            b'\'' => self.literal(self.string_end(self.pos, self.backslashes)),
             b'"' => self.quoted_name(self.pos),
             b'$' => self.dollar(),
             b'.' if self.at(self.pos + 1) == b'.' => {
@@ -539,6 +885,12 @@ impl<'a, S: Sink> Lexer<'a, S> {
             }
             b'.' if is(self.at(self.pos + 1), DIGIT) => self.number(),
             _ => {
+                if S::NAMES && b == b';' {
+                    self.setting = Setting::No;
+                }
+                if S::NAMES && b == b'.' && self.setting == Setting::Name {
+                    self.setting = Setting::Custom;
+                }
                 self.pos += 1;
                 self.operand = b == b')' || b == b']';
             }
@@ -872,6 +1224,121 @@ mod tests {
             let sql = format!("SELECT a FROM t WHERE b = '{}' AND c > {y}", x.replace('\'', "''"));
             let other = "SELECT a FROM t WHERE b = $$z$$ AND c > 0x10";
             prop_assert_eq!(shape_hash(sql.as_bytes(), true, (3, 4)), shape_hash(other.as_bytes(), true, (3, 4)));
+        }
+    }
+
+    fn values(sql: &str, backslashes: Backslashes) -> Vec<(u32, String)> {
+        let mut literals = Literals::default();
+        find_literals(sql.as_bytes(), backslashes, &mut literals);
+        let value = |l| literal_value(sql.as_bytes(), l, backslashes);
+        literals
+            .kept
+            .iter()
+            .map(|l| (l.number, String::from_utf8_lossy(&value(l)).into_owned()))
+            .collect()
+    }
+
+    #[test]
+    fn literals_are_read_as_the_server_reads_them() {
+        for (sql, expected) in [
+            (
+                "SELECT 'it''s', -5, - /* 7 */ 2.5e-3, 6",
+                &["it's", "-5", "-2.5e-3", "6"][..],
+            ),
+            ("SELECT 3 - 2, x -1", &["3", "2", "1"]),
+            (
+                "SELECT E'a\\tb\\x41\\101\\u00e9\\'', N'n'",
+                &["a\tbAA\u{e9}'", "n"],
+            ),
+            ("SELECT $$x$$, $q$y$$z$q$, 'a'\n 'b'", &["x", "y$$z", "ab"]),
+            (
+                "SELECT U&'\\0061\\+000062\\\\', U&'!0061' UESCAPE '!'",
+                &["ab\\", "!0061"],
+            ),
+            ("SELECT B'01', x'ff', 'open", &["B'01'", "x'ff'", "open"]),
+        ] {
+            let got = values(sql, Backslashes::Plain);
+            let got: Vec<_> = got.iter().map(|(_, v)| v.as_str()).collect();
+            assert_eq!(got, expected, "{sql}");
+        }
+        let off = values("SELECT 'a\\'b\\n'", Backslashes::Escape);
+        assert_eq!(off, [(1, "a'b\n".to_owned())]);
+        assert_eq!(
+            values("SELECT $2, 'x', $1, 'y'", Backslashes::Plain)[0],
+            (3, "x".into())
+        );
+    }
+
+    #[test]
+    fn where_backslashes_are_in_doubt_nothing_behind_them_is_shown() {
+        let either = |sql: &str| normalise(sql, Backslashes::Either, 1 << 20).text;
+        assert_eq!(either("SELECT 'a\\' , 'hush' , 'b'"), "SELECT $1");
+        assert_eq!(either("SELECT 'a\\b' , hush"), "SELECT $1 , hush");
+        assert_eq!(either("SELECT U&'a\\' hush"), "SELECT $1");
+        assert_eq!(either("SELECT E'a\\'b' , name"), "SELECT $1 , name");
+        let off = normalise("SELECT U&'a\\' hush", false, 1 << 20).text;
+        assert_eq!(off, "SELECT $1");
+    }
+
+    fn few(word: &[u8]) -> bool {
+        matches!(
+            word,
+            b"select" | b"from" | b"set" | b"to" | b"alter" | b"role" | b"off" | b"password"
+        )
+    }
+
+    #[test]
+    fn names_are_literals_where_they_may_be_secrets() {
+        let keywords = |sql| normalise_names(sql, true, 1 << 20, Names::Keywords(few)).text;
+        assert_eq!(
+            keywords("ALTER ROLE x PASSWORD hush"),
+            "ALTER ROLE $1 PASSWORD $2"
+        );
+        assert_eq!(
+            keywords("ALTER ROLE x PASSWORD \"hush\""),
+            "ALTER ROLE $1 PASSWORD $2"
+        );
+        assert_eq!(
+            keywords("ALTER ROLE x PASSWORD \"hush"),
+            "ALTER ROLE $1 PASSWORD $2"
+        );
+        let setting = |sql| normalise_names(sql, true, 1 << 20, Names::BeforeSetting(few)).text;
+        for (sql, expected) in [
+            ("SET app.key = hush", "SET app.key = $1"),
+            (
+                "SET LOCAL app.\"key\" TO \"hush\", hush",
+                "SET LOCAL app.\"key\" TO $1, $2",
+            ),
+            (
+                "ALTER ROLE x SET app.key TO off",
+                "ALTER ROLE x SET app.key TO off",
+            ),
+            ("SET search_path = a, b", "SET search_path = a, b"),
+            (
+                "SET a.b = hush; SELECT c.d FROM e",
+                "SET a.b = $1; SELECT c.d FROM e",
+            ),
+        ] {
+            assert_eq!(setting(sql), expected);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_literal_is_read_as_it_was_written(v in "[^\\x00]{0,30}") {
+            let quoted = format!("SELECT '{}'", v.replace('\'', "''"));
+            prop_assert_eq!(values(&quoted, Backslashes::Plain), [(1, v.clone())]);
+            let escaped = format!("SELECT E'{}'", v.replace('\\', "\\\\").replace('\'', "\\'"));
+            prop_assert_eq!(values(&escaped, Backslashes::Plain), [(1, v)]);
+        }
+
+        #[test]
+        fn no_text_panics_whatever_is_looked_for(sql in soup()) {
+            for b in [Backslashes::Plain, Backslashes::Escape, Backslashes::Either] {
+                values(&String::from_utf8_lossy(&sql), b);
+                let _ = normalise_names(&sql, b, 1000, Names::Keywords(few));
+                let _ = normalise_names(&sql, b, 1000, Names::BeforeSetting(few));
+            }
         }
     }
 }
