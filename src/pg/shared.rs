@@ -3,6 +3,7 @@
 //! Plain atomics, no lock: a writer that dies cannot leave one held. Sized by constants, so that
 //! nothing depends on a setting. Initialised by the postmaster, again after every crash.
 
+use crate::pg::flush::Flush;
 use pgrx::pg_sys;
 use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering};
 
@@ -20,6 +21,8 @@ pub struct Slot {
     pub consumed: AtomicU64,
     /// Statements that went on unrecorded and are not yet in a gap frame.
     pub unrecorded: AtomicU64,
+    /// As `unrecorded`: statements that went on although their record was not on disk.
+    pub not_durable: AtomicU64,
     /// Process id of the recorder, or 0.
     pub recorder: AtomicI32,
     /// Process id of the shipper, or 0.
@@ -59,6 +62,8 @@ pub struct Shared {
     pub home: AtomicU32,
     /// Process id of the launcher, or 0.
     pub launcher: AtomicI32,
+    /// How much of the journal is on disk.
+    pub flush: Flush,
     /// The governed databases.
     pub slots: [Slot; MAX_DATABASES],
 }
@@ -125,6 +130,7 @@ impl Shared {
             // The position first: the slot must not count with a stale one when it appears.
             slot.consumed.store(oldest, Ordering::Release);
             slot.unrecorded.store(0, Ordering::Release);
+            slot.not_durable.store(0, Ordering::Release);
             let free = slot.database.compare_exchange(
                 0,
                 database.to_u32(),

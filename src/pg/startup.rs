@@ -1,6 +1,6 @@
 //! What happens when the library is loaded: settings, hooks, shared memory, launcher.
 
-use crate::pg::{hooks, journal, launcher, mask, shared};
+use crate::pg::{flush, hooks, journal, launcher, mask, shared};
 use crate::settings;
 use pgrx::{pg_guard, pg_sys};
 
@@ -33,6 +33,7 @@ unsafe extern "C-unwind" fn request() {
         }
     }
     shared::request();
+    flush::request();
 }
 
 #[pg_guard]
@@ -43,6 +44,7 @@ unsafe extern "C-unwind" fn startup() {
             prev();
         }
     }
+    flush::attach();
     if shared::attach() {
         journal::startup();
     }

@@ -5,6 +5,7 @@
 //! plain Rust values. Never does I/O, never reads a clock, never sees PostgreSQL.
 #![forbid(unsafe_code)]
 
+pub mod classes;
 pub mod event;
 pub mod frame;
 pub mod guardrail;

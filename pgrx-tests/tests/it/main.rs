@@ -3,6 +3,7 @@
 
 mod capture;
 mod databases;
+mod durability;
 mod errors;
 mod exactly_once;
 mod guardrails;
