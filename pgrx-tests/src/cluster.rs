@@ -302,6 +302,15 @@ impl Cluster {
             .collect()
     }
 
+    /// What the server's processes call themselves: who is connected, and does what.
+    pub fn titles(&self) -> Result<Vec<String>> {
+        let read = |pid: &u32| {
+            let title = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            String::from_utf8_lossy(&title).into_owned()
+        };
+        Ok(self.processes().iter().map(read).collect())
+    }
+
     /// `kill -9` of one server process.
     pub fn kill(pid: i64) -> Result {
         kill_process(process(pid)?, Signal::KILL).context("kill -9")

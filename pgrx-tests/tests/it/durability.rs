@@ -5,7 +5,7 @@
 
 use anyhow::ensure;
 use serde_json::Value;
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
@@ -266,45 +266,50 @@ async fn failing(faults: &Faults, on_full: &str) -> Result<(Cluster, Client, Cli
     Ok((cluster, su, app))
 }
 
-/// After a failed sync, a second one of the same file proves nothing: it is replaced by a copy.
-async fn recovered(cluster: &Cluster, su: &Client, before: &BTreeSet<u64>) -> Result {
+/// After a failed sync, a second one of the same file proves nothing: no file is in use that has seen
+/// one. One warning says so, however many statements meet it.
+async fn recovered(cluster: &Cluster, su: &Client, failed: (u64, u64)) -> Result {
     let s = status(su).await?;
     assert_eq!(s["failing"], false, "{s}");
     assert!(number(&s, "failures") > 0, "{s}");
-    let after = segments(cluster)?;
+    let now = segments(cluster)?;
     assert!(
-        before.is_disjoint(&after) || after.len() > before.len(),
-        "a segment whose sync failed is in use: {before:?}, {after:?}"
+        now.get(&failed.0) != Some(&failed.1),
+        "{failed:?} in {now:?}"
     );
     let log = cluster.whole_log()?;
-    assert_eq!(
-        log.matches("could not sync the journal").count(),
-        1,
-        "{log}"
-    );
+    let warnings = log.matches("could not sync the journal").count();
+    assert_eq!(warnings, 1, "{log}");
     assert!(log.contains("the journal can be synced again"), "{log}");
     cluster.drained().await?;
     cluster.assert_verifies().await
 }
 
-/// Inodes of the segments.
-fn segments(cluster: &Cluster) -> Result<BTreeSet<u64>> {
+/// Numbers and inodes of the segments.
+fn segments(cluster: &Cluster) -> Result<BTreeMap<u64, u64>> {
     use std::os::unix::fs::MetadataExt;
-    let mut found = BTreeSet::new();
+    let mut found = BTreeMap::new();
     for entry in fs::read_dir(cluster.data().join("pg_warden"))? {
         let entry = entry?;
-        if entry.path().extension().is_some_and(|e| e == "seg") {
-            found.insert(entry.metadata()?.ino());
+        let name = entry.file_name().into_string().unwrap_or_default();
+        if let Some(number) = name.strip_suffix(".seg") {
+            found.insert(u64::from_str_radix(number, 16)?, entry.metadata()?.ino());
         }
     }
     Ok(found)
+}
+
+/// The segment that is written to.
+async fn current(cluster: &Cluster, su: &Client) -> Result<(u64, u64)> {
+    let segment = number(&status(su).await?, "written") as u64 >> 24;
+    Ok((segment, segments(cluster)?[&segment]))
 }
 
 #[tokio::test]
 async fn error_refuses_what_cannot_be_synced_and_records_the_refusal() -> Result {
     let faults = Faults::build()?;
     let (cluster, su, app) = failing(&faults, "error").await?;
-    let before = segments(&cluster)?;
+    let failed = current(&cluster, &su).await?;
     for n in 1..4 {
         let error = app.error(&format!("INSERT INTO t VALUES ({n})")).await?;
         assert_eq!(error.code().code(), "WA005", "{error:?}");
@@ -321,14 +326,17 @@ async fn error_refuses_what_cannot_be_synced_and_records_the_refusal() -> Result
         .await?;
     assert!(refused.len() >= 3, "{refused:#?}");
     assert_eq!(gaps(&cluster).await?, []);
-    recovered(&cluster, &su, &before).await
+    recovered(&cluster, &su, failed).await
 }
 
 #[tokio::test]
 async fn gap_goes_on_and_counts_what_is_not_on_disk() -> Result {
     let faults = Faults::build()?;
     let (cluster, su, app) = failing(&faults, "gap").await?;
-    let before = segments(&cluster)?;
+    let failed = current(&cluster, &su).await?;
+    // So that the segment is still needed when the disk works again.
+    let recorder = cluster.recorder("postgres").await?;
+    Cluster::freeze(recorder)?;
     app.run("BEGIN").await?;
     for n in 1..6 {
         app.run(&format!("INSERT INTO t VALUES ({n})")).await?;
@@ -341,6 +349,9 @@ async fn gap_goes_on_and_counts_what_is_not_on_disk() -> Result {
             Ok(status(&su).await?["failing"] == false)
         })
         .await?;
+    assert_ne!(segments(&cluster)?.get(&failed.0), None);
+    assert_ne!(segments(&cluster)?.get(&failed.0), Some(&failed.1));
+    Cluster::thaw(recorder)?;
     let gaps = gaps(&cluster).await?;
     assert!(
         gaps.iter().all(|(r, _)| r == "journal_not_durable"),
@@ -348,14 +359,14 @@ async fn gap_goes_on_and_counts_what_is_not_on_disk() -> Result {
     );
     let counted: i64 = gaps.iter().map(|(_, n)| n).sum();
     assert!(counted >= 5, "{gaps:?}");
-    recovered(&cluster, &su, &before).await
+    recovered(&cluster, &su, failed).await
 }
 
 #[tokio::test]
 async fn block_waits_for_the_disk_and_can_be_cancelled() -> Result {
     let faults = Faults::build()?;
     let (cluster, su, app) = failing(&faults, "block").await?;
-    let before = segments(&cluster)?;
+    let failed = current(&cluster, &su).await?;
     app.run("SET statement_timeout = '300ms'").await?;
     assert_eq!(app.sqlstate("INSERT INTO t VALUES (1)").await?, "57014");
     app.run("SET statement_timeout = 0").await?;
@@ -370,57 +381,134 @@ async fn block_waits_for_the_disk_and_can_be_cancelled() -> Result {
     faults.clear("fail")?;
     waiting.await??;
     assert_eq!(su.number("SELECT count(*) FROM t").await?, 2);
-    recovered(&cluster, &su, &before).await
+    recovered(&cluster, &su, failed).await
 }
 
 // --------------------------------------------------------------------------------- full journal
 
-/// A cluster whose recorder is frozen and whose journal is full.
-async fn full(on_full: &str) -> Result<(Cluster, Client, i64)> {
-    let config =
-        Config::new(Mode::Preloaded).line(&format!("warden.on_journal_full = '{on_full}'"));
+/// A cluster whose recorder is frozen and whose journal is full: for writing as the argument says,
+/// for all else with an error. One statement has been refused.
+async fn full(writes: &str) -> Result<(Cluster, Client, i64)> {
+    let config = Config::new(Mode::Preloaded)
+        .line(&format!("warden.on_journal_full = 'error, write={writes}'"));
     let cluster = Cluster::with_extension(config).await?;
-    cluster.drained().await?;
+    let su = cluster.superuser().await?;
+    su.run("CREATE TABLE t (n int); GRANT ALL ON t TO app")
+        .await?;
     let app = cluster.connect("app", "postgres").await?;
-    app.run("SET statement_timeout = '1s'").await?;
+    app.run("SELECT 1").await?;
+    cluster.drained().await?;
     let recorder = cluster.recorder("postgres").await?;
     Cluster::freeze(recorder)?;
-    Ok((cluster, app, recorder))
+    let code = app.sqlstate(FILL).await?;
+    ensure!(code == "WA005", "the journal is not full: {code}");
+    // What was left is enough for some small frames.
+    for _ in 0..1000 {
+        if app.run("SELECT 1").await.is_err() {
+            return Ok((cluster, app, recorder));
+        }
+    }
+    anyhow::bail!("the journal is not full")
 }
 
-/// Statements whose shapes are long fill the journal soon.
-fn long(n: usize) -> String {
-    let columns: Vec<_> = (0..4000)
-        .map(|c| format!("{c} AS column_number_{c}_of_{n}"))
-        .collect();
-    format!("SELECT {}", columns.join(", "))
+/// Waits until the journal has room.
+async fn room(cluster: &Cluster) -> Result {
+    cluster
+        .wait_until("there is room", async || match cluster.superuser().await {
+            Ok(su) => Ok(su.run("SELECT 1 AS room").await.is_ok()),
+            Err(_) => Ok(false),
+        })
+        .await
+}
+
+/// What the journal did not hold, once the recorder goes on: reasons and statements of all gaps.
+async fn lost(cluster: &Cluster, recorder: i64) -> Result<i64> {
+    Cluster::thaw(recorder)?;
+    room(cluster).await?;
+    let gaps = gaps(cluster).await?;
+    assert!(gaps.iter().all(|(r, _)| r == "journal_full"), "{gaps:?}");
+    cluster.assert_verifies().await?;
+    Ok(gaps.iter().map(|(_, n)| n).sum())
+}
+
+/// Statements whose shapes are long fill a journal soon.
+const FILL: &str = "DO $$
+DECLARE s text; BEGIN
+  FOR i IN 1..5000 LOOP
+    s := 'SELECT 1 AS filler_' || i;
+    FOR c IN 1..400 LOOP s := s || ', 1 AS a_column_with_a_name_that_is_very_very_long_' || c; END LOOP;
+    EXECUTE s;
+  END LOOP;
+END $$";
+
+#[tokio::test]
+async fn with_error_statements_fail_while_the_journal_is_full_and_are_counted() -> Result {
+    let (cluster, app, recorder) = full("error").await?;
+    for _ in 0..3 {
+        assert_eq!(app.sqlstate("INSERT INTO t VALUES (1)").await?, "WA005");
+    }
+    // Nothing else is lost: they, and the one that found the journal full. Looking whether there is
+    // room again may have failed as well.
+    assert!(lost(&cluster, recorder).await? >= 4);
+    assert_eq!(app.number("SELECT count(*) FROM t").await?, 0);
+    app.run("INSERT INTO t VALUES (2)").await
 }
 
 #[tokio::test]
-async fn error_fails_while_the_journal_is_full_and_counts_the_failures() -> Result {
-    let (cluster, app, recorder) = full("error").await?;
-    let mut refused = 0;
-    for n in 0..5000 {
-        if let Err(e) = app.run(&long(n)).await {
-            let code = e
-                .downcast_ref::<tokio_postgres::Error>()
-                .and_then(|e| e.code());
-            assert_eq!(code.map(|c| c.code()), Some("WA005"), "{e:#}");
-            refused += 1;
-            if refused == 3 {
-                break;
-            }
-        }
+async fn with_gap_statements_run_while_the_journal_is_full_and_are_counted() -> Result {
+    let (cluster, app, recorder) = full("gap").await?;
+    for n in 0..7 {
+        app.run(&format!("INSERT INTO t VALUES ({n})")).await?;
     }
-    assert_eq!(refused, 3);
-    Cluster::thaw(recorder)?;
-    cluster
-        .wait_until("there is room", async || {
-            Ok(app.run("SELECT 1 AS room").await.is_ok())
+    assert!(lost(&cluster, recorder).await? >= 8);
+    assert_eq!(app.number("SELECT count(*) FROM t").await?, 7);
+    let seen = cluster.activity("query LIKE 'INSERT INTO t %'").await?;
+    assert_eq!(seen.len(), 0, "{seen:#?}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn with_block_statements_wait_for_room_and_can_be_cancelled() -> Result {
+    let (cluster, app, recorder) = full("block").await?;
+    // SET is recorded too: the timeout comes with the connection.
+    drop(app);
+    let connector = cluster.connector();
+    let app = connector
+        .connect("app", "postgres", |c| {
+            c.options("-c statement_timeout=300ms");
         })
         .await?;
-    let gaps = gaps(&cluster).await?;
-    assert!(gaps.iter().all(|(r, _)| r == "journal_full"), "{gaps:?}");
-    assert!(gaps.iter().map(|(_, n)| n).sum::<i64>() >= 3, "{gaps:?}");
+    assert_eq!(app.sqlstate("INSERT INTO t VALUES (1)").await?, "57014");
+    let patient = cluster.connect("app", "postgres").await?;
+    let waiting = tokio::spawn(async move { patient.run("INSERT INTO t VALUES (2)").await });
+    Cluster::thaw(recorder)?;
+    waiting.await??;
+    let su = cluster.superuser().await?;
+    assert_eq!(su.column("SELECT n FROM t").await?, ["2"]);
+    cluster.the_activity("query LIKE 'INSERT INTO t %'").await?;
+    cluster.assert_verifies().await
+}
+
+#[tokio::test]
+async fn statements_that_wait_for_room_do_not_hang_a_shutdown() -> Result {
+    let (mut cluster, app, recorder) = full("block").await?;
+    let waiting = tokio::spawn(async move { app.run("INSERT INTO t VALUES (1)").await });
+    cluster
+        .wait_until("the statement waits", async || {
+            Ok(cluster.titles()?.iter().any(|t| t.contains("INSERT")))
+        })
+        .await?;
+    cluster.ask_to_stop()?;
+    let error = waiting.await?.expect_err("thrown out");
+    let code = error
+        .downcast_ref::<tokio_postgres::Error>()
+        .and_then(|e| e.code());
+    assert_eq!(code.map(|c| c.code()), Some("57P01"), "{error:#}");
+    // A frozen process ends by no signal but this; the server waits for its processes.
+    Cluster::thaw(recorder)?;
+    cluster.stop()?;
+    cluster.up().await?;
+    room(&cluster).await?;
+    cluster.drained().await?;
     cluster.assert_verifies().await
 }
