@@ -272,7 +272,11 @@ pub fn before_commit() -> Result<(), Refusal> {
     }
     while flush::wait(due.position).is_err() {
         match strictest(due.classes) {
-            OnFull::Gap => break,
+            OnFull::Gap => {
+                count_not_durable(STATE.with(|s| s.dest));
+                DUE.set(NOTHING_DUE);
+                break;
+            }
             OnFull::Error => return Err(not_durable("transaction cannot be recorded durably")),
             OnFull::Block => worker::wait_in_backend(100),
         }
