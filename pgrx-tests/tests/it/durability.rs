@@ -1,7 +1,8 @@
 //! The record on disk, and what happens when it cannot get there: a full journal, a failing disk.
 //!
-//! Disks fail on demand: `faults.c` is loaded before libc, and takes `fdatasync` and
-//! `posix_fallocate` over. The files `hold`, `fail` and `full` in its directory say what they do.
+//! Disks fail on demand: a library loaded before libc takes `fdatasync` over. The files `hold` and
+//! `fail` in its directory say what it does. The servers of the tests call it for nothing else: their
+//! `fsync` is off.
 
 use anyhow::ensure;
 use serde_json::Value;
@@ -21,7 +22,6 @@ const FAULTS: &str = r#"
 #include <stdlib.h>
 #include <unistd.h>
 #include <sys/syscall.h>
-#include <fcntl.h>
 
 static int present(const char *name)
 {
@@ -44,13 +44,6 @@ int fdatasync(int fd)
         return -1;
     }
     return syscall(SYS_fdatasync, fd);
-}
-
-int posix_fallocate(int fd, off_t from, off_t len)
-{
-    if (present("full"))
-        return ENOSPC;
-    return syscall(SYS_fallocate, fd, 0, from, len) == 0 ? 0 : errno;
 }
 "#;
 
