@@ -17,10 +17,15 @@ extension_sql_file!(
     requires = ["roles", event_detail]
 );
 extension_sql_file!(
+    "../sql/15_journal.sql",
+    name = "journal",
+    requires = ["ledger"]
+);
+extension_sql_file!(
     "../sql/20_masking.sql",
     name = "masking",
     requires = [
-        "ledger",
+        "journal",
         partial_email,
         partial_phone,
         partial_card,

@@ -3,20 +3,9 @@
 //! None of them can be changed by an ordinary role: what protects a server is not switched off from
 //! a session.
 
+use crate::pg::classes;
 use pgrx::{GucContext, GucFlags, GucRegistry, GucSetting, PostgresGucEnum};
 use std::ffi::CString;
-
-/// What happens to a statement that cannot be recorded.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PostgresGucEnum)]
-#[allow(non_camel_case_types, reason = "the names are the setting's values")]
-pub enum OnJournalFull {
-    /// It waits until the recorder has made room.
-    block,
-    /// It fails with SQLSTATE WA005.
-    error,
-    /// It goes on; the number of statements lost is recorded as a gap.
-    gap,
-}
 
 /// What is recorded of literals and bind parameters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PostgresGucEnum)]
@@ -51,8 +40,11 @@ static JOURNAL_SIZE: GucSetting<i32> = GucSetting::<i32>::new(256);
 static HOME_DATABASE: GucSetting<Option<CString>> =
     GucSetting::<Option<CString>>::new(Some(c"postgres"));
 /// Availability or completeness, when both cannot be had.
-static ON_JOURNAL_FULL: GucSetting<OnJournalFull> =
-    GucSetting::<OnJournalFull>::new(OnJournalFull::block);
+static ON_JOURNAL_FULL: GucSetting<Option<CString>> =
+    GucSetting::<Option<CString>>::new(Some(c"block"));
+/// Speed, or a record that survives a power failure.
+static DURABILITY: GucSetting<Option<CString>> =
+    GucSetting::<Option<CString>>::new(Some(c"written"));
 /// File sinks write here and nowhere else: who may add a sink may not write any file of the server.
 static FILE_SINK_DIRECTORY: GucSetting<Option<CString>> =
     GucSetting::<Option<CString>>::new(Some(c"pg_warden/export"));
@@ -93,13 +85,20 @@ pub fn init() {
         GucContext::Sighup,
         GucFlags::default(),
     );
-    GucRegistry::define_enum_guc(
+    classes::define_on_full(
         c"warden.on_journal_full",
-        c"What happens to a statement when the journal is full or cannot be written.",
-        c"block: it waits. error: it fails with WA005. gap: it runs, and the loss is recorded.",
+        c"What happens to a statement that cannot be recorded as warden.durability demands.",
+        c"block: it waits. error: it fails with WA005. gap: it runs, and the loss is recorded. \
+          Exceptions for the classes read, write, ddl and admin may follow: 'block, read=gap'.",
         &ON_JOURNAL_FULL,
-        GucContext::Sighup,
-        GucFlags::default(),
+    );
+    classes::define_durability(
+        c"warden.durability",
+        c"When the record of a statement must be on disk.",
+        c"written: the kernel writes it in its own time. commit: before a commit is acknowledged. \
+          statement: before the statement runs, too. \
+          Exceptions for the classes read, write, ddl and admin may follow: 'statement, read=written'.",
+        &DURABILITY,
     );
     GucRegistry::define_int_guc(
         c"warden.connection_failure_window",
@@ -159,11 +158,6 @@ pub fn journal_size() -> u64 {
 /// `warden.home_database`.
 pub fn home_database() -> String {
     path(&HOME_DATABASE)
-}
-
-/// `warden.on_journal_full`.
-pub fn on_journal_full() -> OnJournalFull {
-    ON_JOURNAL_FULL.get()
 }
 
 /// `warden.connection_failure_window` in microseconds.

@@ -36,6 +36,7 @@ pub struct Config {
     mode: Mode,
     tcp: bool,
     lines: String,
+    environment: Vec<(String, PathBuf)>,
 }
 
 impl Config {
@@ -46,6 +47,7 @@ impl Config {
             mode,
             tcp: false,
             lines: String::new(),
+            environment: vec![],
         }
     }
 
@@ -53,6 +55,13 @@ impl Config {
     #[must_use]
     pub fn tcp(mut self) -> Self {
         self.tcp = true;
+        self
+    }
+
+    /// One more variable in the server's environment.
+    #[must_use]
+    pub fn environment(mut self, name: &str, value: &Path) -> Self {
+        self.environment.push((name.to_owned(), value.to_owned()));
         self
     }
 
@@ -114,6 +123,7 @@ pub struct Cluster {
     data: PathBuf,
     socket: PathBuf,
     tcp_port: Option<u16>,
+    environment: Vec<(String, PathBuf)>,
     postmaster: Option<Child>,
 }
 
@@ -156,6 +166,7 @@ impl Cluster {
             data,
             socket,
             tcp_port: None,
+            environment: vec![],
             postmaster: None,
         };
         copy(&template, &cluster.data)?;
@@ -181,6 +192,7 @@ impl Cluster {
             text.push_str("shared_preload_libraries = 'pg_warden'\nwarden.journal_size = '64MB'\n");
         }
         text.push_str(&config.lines);
+        self.environment = config.environment;
         fs::write(self.data.join("postgresql.auto.conf"), text)?;
         Ok(())
     }
@@ -197,6 +209,7 @@ impl Cluster {
             .command("postgres")
             .arg("-D")
             .arg(&self.data)
+            .envs(self.environment.iter().map(|(k, v)| (k, v)))
             .stdout(log.try_clone()?)
             .stderr(log)
             .spawn()?;
@@ -261,6 +274,17 @@ impl Cluster {
         kill_process(Pid::from_child(child), Signal::TERM).context("kill")
     }
 
+    /// Lets a process that [`Cluster::freeze`] stopped go on.
+    pub fn thaw(pid: i64) -> Result {
+        kill_process(process(pid)?, Signal::CONT).context("kill -CONT")
+    }
+
+    /// Asks for an orderly stop, and does not wait for it; [`Cluster::stop`] does.
+    pub fn ask_to_stop(&self) -> Result {
+        let child = self.postmaster.as_ref().context("stopped")?;
+        kill_process(Pid::from_child(child), Signal::INT).context("kill -INT")
+    }
+
     fn end(&mut self, signal: Signal) -> Result {
         let mut child = self.postmaster.take().context("the cluster does not run")?;
         kill_process(Pid::from_child(&child), signal)?;
@@ -285,6 +309,15 @@ impl Cluster {
         text.split_whitespace()
             .filter_map(|p| p.parse().ok())
             .collect()
+    }
+
+    /// What the server's processes call themselves: who is connected, and does what.
+    pub fn titles(&self) -> Result<Vec<String>> {
+        let read = |pid: &u32| {
+            let title = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            String::from_utf8_lossy(&title).into_owned()
+        };
+        Ok(self.processes().iter().map(read).collect())
     }
 
     /// `kill -9` of one server process.

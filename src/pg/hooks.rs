@@ -9,11 +9,12 @@ use crate::pg::raise::{self, Raised};
 use crate::pg::record::{self, Begun};
 use crate::pg::shape::{self, statement_text};
 use crate::pg::{
-    chain, databases, exclusions, identity, local::Local, mask, parallel, parameters, policy,
-    rules, transaction, worker,
+    chain, classes, databases, exclusions, identity, local::Local, mask, parallel, parameters,
+    policy, rules, transaction, worker,
 };
 use pgrx::{pg_guard, pg_sys};
 use std::ffi::{c_char, c_int, c_void};
+use warden_core::classes::Class;
 use warden_core::event::Outcome;
 use warden_core::frame::Fate;
 
@@ -133,6 +134,7 @@ unsafe extern "C-unwind" fn before_planner(
                 let sql = statement_text(source, (*parse).stmt_location, (*parse).stmt_len);
                 let command = shape::command_name((*parse).commandType);
                 let begun = record::begin(
+                    Class::Read,
                     false,
                     true,
                     |dest| shape::utility(dest, command, sql, &[]),
@@ -218,7 +220,9 @@ unsafe extern "C-unwind" fn before_start(
         {
             return false;
         }
+        let class = classes::of_planned(stmt);
         let begun = record::begin(
+            class,
             false,
             notes.masked,
             |dest| shape::planned(dest, stmt, notes.shape, sql),
@@ -468,6 +472,7 @@ unsafe extern "C-unwind" fn before_utility(source: *const c_char, d: *mut Decide
             Ok(Begun::LEFT_OUT)
         } else {
             record::begin(
+                classes::of_utility(node),
                 true,
                 false,
                 |dest| shape::utility(dest, &utility.command, sql, &utility.targets),
@@ -540,6 +545,7 @@ fn register_callbacks() {
     unsafe {
         pg_sys::RegisterXactCallback(Some(on_transaction), std::ptr::null_mut());
         pg_sys::RegisterSubXactCallback(Some(on_subtransaction), std::ptr::null_mut());
+        pg_sys::RegisterResourceReleaseCallback(Some(on_release), std::ptr::null_mut());
     }
 }
 
@@ -555,10 +561,31 @@ unsafe extern "C-unwind" fn on_subtransaction(
     }
 }
 
+unsafe extern "C-unwind" fn on_transaction(event: pg_sys::XactEvent::Type, arg: *mut c_void) {
+    // SAFETY: as in `planner`.
+    unsafe {
+        let mut refused = None;
+        transaction_event(event, arg, &mut refused);
+        if let Some(refused) = refused {
+            raise::raise(refused);
+        }
+    }
+}
+
 #[pg_guard]
-unsafe extern "C-unwind" fn on_transaction(event: pg_sys::XactEvent::Type, _arg: *mut c_void) {
+unsafe extern "C-unwind" fn transaction_event(
+    event: pg_sys::XactEvent::Type,
+    _arg: *mut c_void,
+    refused: *mut Option<Raised>,
+) {
     use pg_sys::XactEvent as E;
     match event {
+        E::XACT_EVENT_PRE_COMMIT | E::XACT_EVENT_PRE_PREPARE => {
+            if let Err(refusal) = record::before_commit() {
+                // SAFETY: the trampoline's.
+                unsafe { *refused = Some(raise::prepare(&refusal)) };
+            }
+        }
         E::XACT_EVENT_COMMIT => {
             transaction::ended(Fate::Committed);
             databases::transaction_ended(true);
@@ -573,6 +600,24 @@ unsafe extern "C-unwind" fn on_transaction(event: pg_sys::XactEvent::Type, _arg:
             }
         }
         _ => {}
+    }
+}
+
+/// After the locks are released: whoever waits for them does not wait for the disk as well.
+#[pg_guard]
+unsafe extern "C-unwind" fn on_release(
+    phase: pg_sys::ResourceReleasePhase::Type,
+    commit: bool,
+    top_level: bool,
+    _arg: *mut c_void,
+) {
+    if !top_level || phase != pg_sys::ResourceReleasePhase::RESOURCE_RELEASE_AFTER_LOCKS {
+        return;
+    }
+    if commit {
+        record::after_commit();
+    } else {
+        record::after_abort();
     }
 }
 

@@ -11,7 +11,7 @@
 //! Never waits and never raises an ERROR: the caller decides what a full journal means.
 
 use crate::pg::local::Local;
-use crate::pg::shared::{Shared, shared};
+use crate::pg::shared::{Shared, available, shared};
 use crate::settings;
 use memmap2::{Mmap, MmapMut, MmapOptions};
 use pgrx::pg_sys;
@@ -37,6 +37,14 @@ pub struct Full;
 
 /// The segments that this process writes to, newest first.
 static WRITING: Local<[Option<(u64, MmapMut)>; 2]> = Local::new([None, None]);
+
+/// The position after the last frame that this process has appended.
+static APPENDED: Local<u64> = Local::new(0);
+
+/// The position after the last frame that this process has appended.
+pub fn appended() -> u64 {
+    APPENDED.get()
+}
 
 /// Appends a frame and returns its position. With `reserve`, it may use the room that is kept for
 /// outcomes and gaps.
@@ -71,14 +79,11 @@ pub fn append(kind: FrameKind, dest: u32, payload: &[u8], reserve: bool) -> Resu
         // SAFETY: reads a variable of this process.
         let pid = unsafe { pg_sys::MyProcPid } as u32;
         if start != tail && left >= HEADER as u64 {
-            let header = Header {
-                len: left as u32 - HEADER as u32,
-                ..Header::new(tail, FrameKind::Pad, 0, pid, &[])
-            };
-            publish(sh, old, tail, &header, &[]);
+            pad(sh, old, tail, left, pid);
         }
         let header = Header::new(start, kind, dest, pid, payload);
         publish(sh, page, start, &header, payload);
+        APPENDED.set(start + size);
         return Ok(start);
     }
 }
@@ -92,6 +97,42 @@ pub fn append_cost(frames: u32) -> f64 {
         .take_while(|_| append(FrameKind::Outcome, 0, &payload, false).is_ok())
         .count();
     start.elapsed().as_nanos() as f64 / done.max(1) as f64
+}
+
+/// Moves the journal's end to the next segment, and returns its start: no frame is written any more
+/// to the segment before it.
+pub fn close_segment() -> Result<u64, Full> {
+    let sh = shared();
+    loop {
+        let tail = sh.tail.load(Ordering::Acquire);
+        let left = SEGMENT - tail % SEGMENT;
+        if left == SEGMENT {
+            return Ok(tail);
+        }
+        let page = map_for_writing(tail / SEGMENT)?;
+        let start = tail + left;
+        let reserved =
+            sh.tail
+                .compare_exchange_weak(tail, start, Ordering::AcqRel, Ordering::Relaxed);
+        if reserved.is_err() {
+            continue;
+        }
+        if left >= HEADER as u64 {
+            // SAFETY: reads a variable of this process.
+            let pid = unsafe { pg_sys::MyProcPid } as u32;
+            pad(sh, page, tail, left, pid);
+        }
+        return Ok(start);
+    }
+}
+
+/// Fills what is left of a segment.
+fn pad(sh: &Shared, segment: *mut u8, pos: u64, left: u64, pid: u32) {
+    let header = Header {
+        len: left as u32 - HEADER as u32,
+        ..Header::new(pos, FrameKind::Pad, 0, pid, &[])
+    };
+    publish(sh, segment, pos, &header, &[]);
 }
 
 /// Writes a reserved frame; its first word last.
@@ -125,11 +166,13 @@ fn map_for_writing(segment: u64) -> Result<*mut u8, Full> {
     })
 }
 
-fn directory() -> PathBuf {
+/// The journal's directory.
+pub fn directory() -> PathBuf {
     PathBuf::from(settings::journal_directory())
 }
 
-fn segment_path(segment: u64) -> PathBuf {
+/// The file of a segment.
+pub fn segment_path(segment: u64) -> PathBuf {
     directory().join(format!("{segment:016x}.seg"))
 }
 
@@ -199,6 +242,38 @@ pub fn oldest() -> u64 {
 /// Where the next frame goes.
 pub fn tail() -> u64 {
     shared().tail.load(Ordering::Acquire)
+}
+
+/// How the journal does: positions, and counts since the server started.
+#[derive(Debug, Clone, Copy)]
+pub struct Status {
+    pub written: u64,
+    pub consumed: u64,
+    pub flushed: u64,
+    pub size: u64,
+    pub syncs: u64,
+    pub waits: u64,
+    pub failures: u64,
+    pub failing: bool,
+}
+
+/// How the journal does; `None` if the library was not preloaded.
+pub fn status() -> Option<Status> {
+    if !available() {
+        return None;
+    }
+    let sh = shared();
+    // The end last: it must not lie before the others.
+    Some(Status {
+        consumed: sh.consumed.load(Ordering::Acquire),
+        flushed: sh.flush.flushed.load(Ordering::Acquire),
+        size: settings::journal_size(),
+        syncs: sh.flush.syncs.load(Ordering::Relaxed),
+        waits: sh.flush.waits.load(Ordering::Relaxed),
+        failures: sh.flush.failures.load(Ordering::Relaxed),
+        failing: sh.flush.failing(),
+        written: sh.tail.load(Ordering::Acquire),
+    })
 }
 
 /// What a [`Cursor`] finds.
@@ -346,6 +421,27 @@ impl Cursor {
     }
 }
 
+/// The segment that this process has looked at last.
+static LOOKING: Local<Option<(u64, Mmap)>> = Local::new(None);
+
+/// The bytes of the frame at a position, if it has been written.
+pub fn size_at(pos: u64) -> Option<u64> {
+    let segment = pos / SEGMENT;
+    let secret = shared().secret[0].load(Ordering::Relaxed);
+    LOOKING.with(|looking| {
+        if looking.as_ref().is_none_or(|(s, _)| *s != segment) {
+            *looking = map_for_reading(segment).map(|m| (segment, m));
+        }
+        let (_, map) = looking.as_ref()?;
+        let at = (pos % SEGMENT) as usize;
+        // SAFETY: in the mapped segment, aligned; written with release order by `publish`.
+        let word = unsafe { AtomicU64::from_ptr(map.as_ptr().add(at).cast_mut().cast()) }
+            .load(Ordering::Acquire);
+        let len = frame::u32le(map, at + 8)? as usize;
+        (word == pos ^ secret).then(|| frame::frame_size(len) as u64)
+    })
+}
+
 fn map_for_reading(segment: u64) -> Option<Mmap> {
     let file = OpenOptions::new()
         .read(true)
@@ -421,6 +517,7 @@ fn open_directory(sh: &Shared) -> io::Result<()> {
     let oldest = oldest.min(end);
     sh.tail.store(end, Ordering::Release);
     sh.recovered.store(end, Ordering::Release);
+    sh.flush.open(end);
     sh.oldest.store(oldest, Ordering::Release);
     sh.consumed.store(oldest, Ordering::Release);
     Ok(())
@@ -504,6 +601,15 @@ fn set_aside(dir: &Path) -> io::Result<()> {
 }
 
 fn write_durably(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    write_durably_with(path, bytes, File::sync_all)
+}
+
+/// Replaces a file by one that is on disk before it has the name.
+pub fn write_durably_with(
+    path: &Path,
+    bytes: &[u8],
+    sync: impl FnOnce(&File) -> io::Result<()>,
+) -> io::Result<()> {
     let temporary = path.with_extension("tmp");
     let mut f = OpenOptions::new()
         .write(true)
@@ -513,7 +619,7 @@ fn write_durably(path: &Path, bytes: &[u8]) -> io::Result<()> {
         .custom_flags(libc::O_NOFOLLOW)
         .open(&temporary)?;
     f.write_all(bytes)?;
-    f.sync_all()?;
+    sync(&f)?;
     fs::rename(&temporary, path)?;
     if let Some(dir) = path.parent() {
         File::open(dir)?.sync_all()?;

@@ -1,10 +1,12 @@
 //! The only code that calls PostgreSQL directly, and the only unsafe code.
 
 pub mod chain;
+pub mod classes;
 pub mod compat;
 pub mod connections;
 pub mod databases;
 pub mod exclusions;
+pub mod flush;
 pub mod functions;
 pub mod hooks;
 pub mod identity;

@@ -1,19 +1,20 @@
 //! Recording: intents and outcomes of statements, and what happens when they cannot be recorded.
 //!
 //! Owns the statements of this backend that have begun and not ended, and which ledger they belong
-//! to. Never raises an ERROR of its own but the one of `warden.on_journal_full = error`.
+//! to; and what this transaction must find on disk before it commits. Never raises an ERROR of its
+//! own but the one of `warden.on_journal_full = error`.
 
 use crate::error::{Refusal, RefusalCode};
 use crate::pg::local::Local;
 use crate::pg::raise::unpack_sqlstate;
 use crate::pg::shared::shared;
-use crate::pg::{journal, policy, session, shape, transaction, worker};
-use crate::settings::{self, OnJournalFull};
+use crate::pg::{classes, flush, journal, policy, session, shape, transaction, worker};
 use pgrx::pg_sys;
 use std::ffi::c_int;
 use std::sync::atomic::Ordering;
+use warden_core::classes::{Class, Durability, OnFull};
 use warden_core::event::{Outcome as Ended, flags};
-use warden_core::frame::{self, FrameKind, Intent};
+use warden_core::frame::{self, FrameKind, GapReason, Intent};
 
 /// An execution that has begun.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,6 +23,7 @@ pub struct Begun {
     pub intent: u64,
     dest: u32,
     at: i64,
+    class: Class,
 }
 
 impl Begun {
@@ -30,12 +32,14 @@ impl Begun {
         intent: 0,
         dest: 0,
         at: 0,
+        class: Class::Read,
     };
     /// An execution that an exclusion covers. Its failure is recorded.
     pub const LEFT_OUT: Self = Self {
         intent: 0,
         dest: u32::MAX,
         at: 0,
+        class: Class::Read,
     };
 }
 
@@ -145,6 +149,7 @@ pub fn wake_launcher() {
 /// Records that a statement is about to run. `shape` gives the key of its shape for a ledger, and
 /// `values` what is recorded of its values, called after it.
 pub fn begin(
+    class: Class,
     utility: bool,
     masked: bool,
     shape: impl Fn(u32) -> Option<u64>,
@@ -173,14 +178,20 @@ pub fn begin(
     let at = now();
     loop {
         if let Some(intent) = append_intent(dest, at, parent, bits, &shape, &values) {
-            return Ok(Begun { intent, dest, at });
+            let begun = Begun {
+                intent,
+                dest,
+                at,
+                class,
+            };
+            return make_durable(begun);
         }
-        match settings::on_journal_full() {
-            OnJournalFull::gap => {
+        match classes::on_full(class) {
+            OnFull::Gap => {
                 count_unrecorded(dest);
                 return Ok(Begun::UNRECORDED);
             }
-            OnJournalFull::error => {
+            OnFull::Error => {
                 return Err(Refusal {
                     code: RefusalCode::Recording,
                     message: "statement cannot be recorded".into(),
@@ -192,9 +203,129 @@ pub fn begin(
                 });
             }
             // Ends by room, by cancel, by shutdown, or by another setting.
-            OnJournalFull::block => worker::wait_in_backend(10),
+            OnFull::Block => worker::wait_in_backend(10),
         }
     }
+}
+
+/// What must be on disk before this transaction commits. The frame that says that it has committed
+/// need not: the recorder can ask the server.
+#[derive(Clone, Copy)]
+struct Due {
+    /// The classes of its statements, a bit each.
+    classes: u8,
+    /// The end of their last frame.
+    position: u64,
+}
+
+const NOTHING_DUE: Due = Due {
+    classes: 0,
+    position: 0,
+};
+
+static DUE: Local<Due> = Local::new(NOTHING_DUE);
+
+/// A frame of a statement has been written.
+#[inline]
+fn note_due(class: Class) -> Durability {
+    let wanted = classes::durability(class);
+    if wanted >= Durability::Commit {
+        DUE.set(Due {
+            classes: DUE.get().classes | 1 << class as u8,
+            position: journal::appended(),
+        });
+    }
+    wanted
+}
+
+/// Waits for the intent, if the statement must not run before it is on disk.
+fn make_durable(begun: Begun) -> Result<Begun, Refusal> {
+    let up_to = journal::appended();
+    if note_due(begun.class) < Durability::Statement {
+        return Ok(begun);
+    }
+    while flush::wait(up_to).is_err() {
+        match classes::on_full(begun.class) {
+            OnFull::Gap => {
+                count_not_durable(begun.dest);
+                break;
+            }
+            OnFull::Error => {
+                let refusal = not_durable("statement cannot be recorded durably");
+                blocked(begun, &refusal);
+                return Err(refusal);
+            }
+            OnFull::Block => worker::wait_in_backend(100),
+        }
+    }
+    Ok(begun)
+}
+
+fn not_durable(message: &str) -> Refusal {
+    Refusal {
+        code: RefusalCode::Recording,
+        message: message.into(),
+        detail: "The journal could not be synced to disk.".into(),
+        hint: "See the server's log, and warden.journal_status(); \
+               warden.on_journal_full decides whether statements wait, fail or run."
+            .into(),
+        rule: String::new(),
+    }
+}
+
+/// The transaction is about to commit: everything that it recorded goes to disk, if that is wanted.
+pub fn before_commit() -> Result<(), Refusal> {
+    let due = DUE.get();
+    if due.classes == 0 {
+        return Ok(());
+    }
+    while flush::wait(due.position).is_err() {
+        match strictest(due.classes) {
+            OnFull::Gap => {
+                count_not_durable(STATE.with(|s| s.dest));
+                DUE.set(NOTHING_DUE);
+                break;
+            }
+            OnFull::Error => return Err(not_durable("transaction cannot be recorded durably")),
+            OnFull::Block => worker::wait_in_backend(100),
+        }
+    }
+    Ok(())
+}
+
+/// What happens to a transaction that has statements of several classes.
+fn strictest(due: u8) -> OnFull {
+    let all = [Class::Read, Class::Write, Class::Ddl, Class::Admin];
+    let mut strictest = OnFull::Gap;
+    for class in all.into_iter().filter(|c| due & 1 << *c as u8 != 0) {
+        match classes::on_full(class) {
+            OnFull::Error => return OnFull::Error,
+            OnFull::Block => strictest = OnFull::Block,
+            OnFull::Gap => {}
+        }
+    }
+    strictest
+}
+
+/// The transaction has committed, and the client does not know yet. What was recorded since
+/// [`before_commit`] goes to disk; if it cannot, that is recorded: it is too late to fail.
+pub fn after_commit() {
+    let due = DUE.get();
+    if due.classes == 0 {
+        return;
+    }
+    DUE.set(NOTHING_DUE);
+    if flush::wait(due.position).is_err() {
+        count_not_durable(STATE.with(|s| s.dest));
+        pgrx::warning!(
+            "pg_warden: the transaction has committed, but its record may not be on disk yet"
+        );
+    }
+}
+
+/// The transaction has aborted.
+pub fn after_abort() {
+    DUE.set(NOTHING_DUE);
 }
 
 fn append_intent(
@@ -232,16 +363,28 @@ pub fn count_unrecorded(dest: u32) {
     }
 }
 
+fn count_not_durable(dest: u32) {
+    if let Some(slot) = shared().slot(pg_sys::Oid::from(dest)) {
+        slot.not_durable.fetch_add(1, Ordering::AcqRel);
+    }
+}
+
 fn report_gap(dest: u32) {
     let Some(slot) = shared().slot(pg_sys::Oid::from(dest)) else {
         return;
     };
-    if slot.unrecorded.load(Ordering::Relaxed) == 0 {
-        return;
-    }
-    let lost = slot.unrecorded.swap(0, Ordering::AcqRel);
-    if lost > 0 && journal::append(FrameKind::Gap, dest, &lost.to_le_bytes(), true).is_err() {
-        slot.unrecorded.fetch_add(lost, Ordering::AcqRel);
+    for (count, reason) in [
+        (&slot.unrecorded, GapReason::JournalFull),
+        (&slot.not_durable, GapReason::NotDurable),
+    ] {
+        if count.load(Ordering::Relaxed) == 0 {
+            continue;
+        }
+        let lost = count.swap(0, Ordering::AcqRel);
+        let gap = reason.encode(lost);
+        if lost > 0 && journal::append(FrameKind::Gap, dest, &gap, true).is_err() {
+            count.fetch_add(lost, Ordering::AcqRel);
+        }
     }
 }
 
@@ -284,6 +427,7 @@ pub fn end(begun: Begun, outcome: Ended, sqlstate: Option<c_int>, rows: i64, rul
         // Even the reserve is gone. The recorder will call it interrupted.
         count_unrecorded(begun.dest);
     }
+    note_due(begun.class);
 }
 
 /// Records a statement that was refused.
@@ -415,7 +559,12 @@ pub fn on_abort(sqlstate: c_int, sql: &[u8]) {
     let shape = |d| shape::unparsed(d, sqlstate, sql);
     match append_intent(dest, at, 0, 0, shape, |_| Vec::new()) {
         Some(intent) => end(
-            Begun { intent, dest, at },
+            Begun {
+                intent,
+                dest,
+                at,
+                class: Class::Read,
+            },
             Ended::Failed,
             Some(sqlstate),
             -1,

@@ -4,6 +4,7 @@
 //! Plain atomics: a writer that dies cannot leave a lock held. (Counted refusals are locked by process
 //! id, which a dead process does not keep.) Sized by constants, so that nothing depends on a setting. Initialised by the postmaster, again after every crash.
 
+use crate::pg::flush::Flush;
 use crate::pg::refusals;
 use pgrx::pg_sys;
 use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering};
@@ -22,6 +23,8 @@ pub struct Slot {
     pub consumed: AtomicU64,
     /// Statements that went on unrecorded and are not yet in a gap frame.
     pub unrecorded: AtomicU64,
+    /// As `unrecorded`: statements that went on although their record was not on disk.
+    pub not_durable: AtomicU64,
     /// Process id of the recorder, or 0.
     pub recorder: AtomicI32,
     /// Process id of the shipper, or 0.
@@ -103,6 +106,8 @@ pub struct Shared {
     pub launcher: AtomicI32,
     /// What exclusions leave out.
     pub left_out: LeftOut,
+    /// How much of the journal is on disk.
+    pub flush: Flush,
     /// The governed databases.
     pub slots: [Slot; MAX_DATABASES],
     /// Refused connections that are counted.
@@ -214,6 +219,7 @@ impl Shared {
             // The position first: the slot must not count with a stale one when it appears.
             slot.consumed.store(oldest, Ordering::Release);
             slot.unrecorded.store(0, Ordering::Release);
+            slot.not_durable.store(0, Ordering::Release);
             let free = slot.database.compare_exchange(
                 0,
                 database.to_u32(),

@@ -1,6 +1,6 @@
 //! What happens when the library is loaded: settings, hooks, shared memory, launcher.
 
-use crate::pg::{connections, hooks, journal, launcher, mask, shared};
+use crate::pg::{connections, flush, hooks, journal, launcher, mask, shared};
 use crate::settings;
 use pgrx::{pg_guard, pg_sys};
 
@@ -34,6 +34,7 @@ unsafe extern "C-unwind" fn request() {
         }
     }
     shared::request();
+    flush::request();
 }
 
 #[pg_guard]
@@ -44,6 +45,7 @@ unsafe extern "C-unwind" fn startup() {
             prev();
         }
     }
+    flush::attach();
     if shared::attach() {
         journal::startup();
     }

@@ -580,7 +580,7 @@ impl TransactionFacts {
 /// What is missing, and why.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct GapFacts {
-    /// `journal_full`, `journal_damaged` or `outcome_unmatched`.
+    /// One of [`crate::join::reason`].
     pub reason: String,
     /// Statements lost, if known.
     pub statements: u64,

@@ -33,7 +33,8 @@ pub enum FrameKind {
     Outcome = 5,
     /// A backend has ended: u64le session id. Its open intents were interrupted.
     SessionEnd = 6,
-    /// Statements went on unrecorded: u64le count. See `warden.on_journal_full = gap`.
+    /// Statements went on unrecorded, or without their record on disk: u64le count, and the number of
+    /// a [`GapReason`], which older frames lack. See `warden.on_journal_full = gap`.
     Gap = 7,
     /// A transaction that wrote has ended, or was prepared: [`Transaction`].
     Transaction = 8,
@@ -58,6 +59,38 @@ impl FrameKind {
             9 => Self::Connection,
             _ => return None,
         })
+    }
+}
+
+/// Why a backend reports a gap.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum GapReason {
+    /// The journal had no room.
+    JournalFull = 0,
+    /// The journal could not be synced. The statements may be recorded nevertheless.
+    NotDurable = 1,
+}
+
+impl GapReason {
+    /// The payload of a gap frame.
+    #[must_use]
+    pub fn encode(self, statements: u64) -> [u8; 9] {
+        let mut b = [0u8; 9];
+        b[..8].copy_from_slice(&statements.to_le_bytes());
+        b[8] = self as u8;
+        b
+    }
+
+    /// Reads a payload; `None` if it is malformed.
+    #[must_use]
+    pub fn decode(b: &[u8]) -> Option<(Self, u64)> {
+        let reason = match b.get(8) {
+            None | Some(0) => Self::JournalFull,
+            Some(1) => Self::NotDurable,
+            Some(_) => return None,
+        };
+        Some((reason, u64le(b, 0)?))
     }
 }
 

@@ -17,7 +17,7 @@ use crate::event::{
     Event, EventKind, ExecutionFacts, GapFacts, Outcome, SessionFacts, ShapeFacts,
     TransactionFacts, flags,
 };
-use crate::frame::{self, Fate, FrameKind, Header, Intent, Transaction, u64le};
+use crate::frame::{self, Fate, FrameKind, GapReason, Header, Intent, Transaction, u64le};
 use crate::ledger::{Chain, Hash};
 use crate::parameter;
 use crate::tlv::Reader;
@@ -34,6 +34,8 @@ const REMEMBERED: usize = 100_000;
 pub mod reason {
     /// Backends went on unrecorded because the journal was full.
     pub const JOURNAL_FULL: &str = "journal_full";
+    /// Backends went on although the journal could not be synced to disk.
+    pub const JOURNAL_NOT_DURABLE: &str = "journal_not_durable";
     /// Bytes of the journal are not what was written.
     pub const JOURNAL_DAMAGED: &str = "journal_damaged";
     /// The journal was recycled before the recorder read it.
@@ -734,11 +736,15 @@ impl Joiner {
     }
 
     fn backend_gap(&mut self, pos: u64, payload: &[u8]) -> bool {
-        let Some(count) = u64le(payload, 0) else {
+        let Some((why, count)) = GapReason::decode(payload) else {
             return false;
         };
+        let why = match why {
+            GapReason::JournalFull => reason::JOURNAL_FULL,
+            GapReason::NotDurable => reason::JOURNAL_NOT_DURABLE,
+        };
         let end = pos + frame::frame_size(payload.len()) as u64;
-        self.gap(reason::JOURNAL_FULL, count, pos, end);
+        self.gap(why, count, pos, end);
         true
     }
 

@@ -5,6 +5,7 @@
 //! plain Rust values. Never does I/O, never reads a clock, never sees PostgreSQL.
 #![forbid(unsafe_code)]
 
+pub mod classes;
 pub mod connection;
 pub mod event;
 pub mod exclusion;

@@ -4,6 +4,7 @@
 mod capture;
 mod connections;
 mod databases;
+mod durability;
 mod errors;
 mod exactly_once;
 mod exclusions;
