@@ -116,6 +116,21 @@ CREATE FUNCTION warden.ledger_begin() RETURNS void
 SELECT warden.ledger_begin();
 DROP FUNCTION warden.ledger_begin();
 
+CREATE TABLE warden.ledger_origin (
+    id integer GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    seq bigint NOT NULL,
+    system bigint NOT NULL,
+    timeline integer NOT NULL,
+    journal bigint NOT NULL,
+    server_version integer NOT NULL,
+    since timestamptz NOT NULL DEFAULT pg_catalog.now()
+);
+COMMENT ON TABLE warden.ledger_origin IS 'Where the ledger was written: one row for the beginning, and one for each pg_upgrade, restored backup, promoted standby or new journal';
+COMMENT ON COLUMN warden.ledger_origin.seq IS 'First event that was written there; after a move, a gap event that says so';
+COMMENT ON COLUMN warden.ledger_origin.system IS 'System identifier of the cluster';
+COMMENT ON COLUMN warden.ledger_origin.timeline IS 'Timeline of the cluster';
+COMMENT ON COLUMN warden.ledger_origin.journal IS 'Random number of the journal';
+
 CREATE TABLE warden.connection_event (
     id bigint PRIMARY KEY,
     at timestamptz NOT NULL,
@@ -294,9 +309,9 @@ COMMENT ON COLUMN warden.connections.backend IS 'The same for all rows of a sess
 
 REVOKE ALL ON warden.event, warden.event_p00000, warden.session, warden.statement, warden.transaction,
     warden.connection_event, warden.journal_position, warden.journal_pending, warden.journal_transaction,
-    warden.activity, warden.connections FROM PUBLIC;
+    warden.ledger_origin, warden.activity, warden.connections FROM PUBLIC;
 GRANT SELECT ON warden.event, warden.session, warden.statement, warden.transaction, warden.connection_event,
-    warden.journal_position, warden.activity, warden.connections TO warden_auditor;
+    warden.journal_position, warden.ledger_origin, warden.activity, warden.connections TO warden_auditor;
 REVOKE ALL ON FUNCTION warden.event_detail(smallint, bytea), warden.verify(bigint, bigint),
     warden.value_digest(text) FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION warden.value_digest(text) TO warden_auditor;

@@ -11,15 +11,16 @@
 
 use crate::error::{Refusal, RefusalCode};
 use crate::pg::compat::pointers;
-use crate::pg::policy::{self, Masks, RelMasks};
+use crate::pg::policy::{self, Masks, RelMasks, Unreadable};
 use crate::pg::session::text;
 use crate::pg::shape::PlanShape;
-use crate::pg::{identity, scan, shape};
+use crate::pg::{identity, reference, scan, shape, version};
 use pgrx::pg_guard;
 use pgrx::pg_sys::{self, NodeTag as T, Oid};
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::rc::Rc;
 use warden_core::guardrail::label;
+use warden_core::reference::Reference;
 
 /// `cacheId` of the note that carries flags.
 const NOTE_FLAGS: c_int = -1;
@@ -97,9 +98,55 @@ pub unsafe fn mask_query(
     };
     // SAFETY: a valid query; the context outlives the walk.
     unsafe { walk_query(parse, &mut walk) };
+    // What refreshes a materialized view is its owner, whatever the session says.
+    // SAFETY: reads variables of this process.
+    let complete = unsafe { !pg_sys::row_security && !pg_sys::InSecurityRestrictedOperation() };
     match walk.refusal {
         Some(refusal) => Err(refusal),
+        None if complete && !walk.out.masked.is_empty() => Err(incomplete(&walk.out.masked[0])),
         None => Ok(walk.out),
+    }
+}
+
+/// Nobody can say what must be masked: after a restore, or with another library.
+fn unreadable(why: &Unreadable<'_>) -> Refusal {
+    let (message, detail, hint) = match why {
+        Unreadable::NoColumn(target) => (
+            format!("the mask of {target} has no such column to mask"),
+            "What it was to hide may be there under another name, so nothing is read.",
+            "A member of warden_admin can mask the right column with warden.mask(), \
+             and remove this mask with warden.unmask().",
+        ),
+        Unreadable::Outdated(version) => (
+            version::problem(version),
+            "What is masked cannot be told, so nothing is read.",
+            version::HINT,
+        ),
+    };
+    Refusal {
+        code: RefusalCode::Blocked,
+        message,
+        detail: detail.into(),
+        hint: hint.into(),
+        rule: "mask".into(),
+    }
+}
+
+/// Who says `row_security = off`, as pg_dump does, wants what is stored, or an error.
+fn incomplete(masked: &Annotation) -> Refusal {
+    let target = Reference::Column(masked.relation.to_u32(), masked.attribute);
+    let target = reference::names(target).print();
+    Refusal {
+        code: RefusalCode::Blocked,
+        message: format!(
+            "{} is masked for this role",
+            String::from_utf8_lossy(&target)
+        ),
+        detail: "With row_security = off, masks are not read in place of what is stored.".into(),
+        hint: "To dump what is stored, use a role that warden.unmask_for() exempts; \
+               to dump masks, pg_dump --enable-row-security."
+            .into(),
+        rule: "mask".into(),
     }
 }
 
@@ -137,6 +184,14 @@ unsafe fn walk_query(q: *mut pg_sys::Query, w: &mut Walk) {
                     };
                     w.out.by_role = true;
                     if !w.apply {
+                        continue;
+                    }
+                    let only_filled = rti == (*q).resultRelation as u32
+                        && (*q).commandType == pg_sys::CmdType::CMD_INSERT
+                        && (*q).onConflict.is_null()
+                        && (*q).returningList.is_null();
+                    if let Some(why) = w.masks.unreadable((*rte).relid).filter(|_| !only_filled) {
+                        w.refusal = Some(unreadable(&why));
                         continue;
                     }
                     if rti == (*q).resultRelation as u32 {

@@ -17,7 +17,8 @@ use warden_core::event::AccessKind;
 use warden_core::guardrail::{Facts, Rule, Rules, Subject, label};
 
 /// The tables that nobody but the recorder writes.
-const LEDGER: [&str; 8] = [
+const LEDGER: [&str; 9] = [
+    "ledger_origin",
     "session",
     "statement",
     "transaction",
@@ -584,6 +585,9 @@ pub unsafe fn is_about_us(node: *mut pg_sys::Node) -> bool {
         match (*node).type_ {
             T::T_CreateExtensionStmt => {
                 is_our_extension((*node.cast::<pg_sys::CreateExtensionStmt>()).extname)
+            }
+            T::T_AlterExtensionStmt => {
+                is_our_extension((*node.cast::<pg_sys::AlterExtensionStmt>()).extname)
             }
             T::T_DropStmt => {
                 let s = node.cast::<pg_sys::DropStmt>();

@@ -14,6 +14,7 @@
 
 use crate::pg::ledger_table;
 use crate::pg::shared::{self, shared};
+use crate::pg::version;
 use crate::pg::worker::{self, Role};
 use crate::settings;
 use crate::ship::http::Http;
@@ -202,6 +203,7 @@ impl Shipper {
             return Ok((Round::Gone, Vec::new()));
         }
         if extension != self.extension {
+            version::require_same();
             self.extension = extension;
             self.requests.abort_all();
             self.runners.clear();
@@ -471,12 +473,13 @@ fn random() -> u64 {
 
 fn read_sinks(spi: &SpiClient<'_>) -> SpiResult<Vec<Sink>> {
     let rows = spi.select(
-        "SELECT coalesce(s.id, c.sink), s.url, s.enabled, s.batch_events, s.batch_bytes, \
+        "SELECT coalesce(s.id, c.sink), s.url || h.query, s.enabled AND h.sink IS NOT NULL, s.batch_events, s.batch_bytes, \
          coalesce(c.delivered_seq, 0), coalesce(c.failures, 0), \
          CASE WHEN c.next_retry IS NULL OR s.resumed_at > c.last_failure THEN 0 \
          ELSE extract(epoch FROM c.next_retry - clock_timestamp())::float8 END, \
          c.sink IS NOT NULL, s.id IS NULL \
-         FROM warden.sink s FULL JOIN warden.sink_cursor c ON c.sink = s.id ORDER BY 1",
+         FROM warden.sink s FULL JOIN warden.sink_cursor c ON c.sink = s.id \
+         LEFT JOIN warden.sink_here h ON h.sink = s.id ORDER BY 1",
         None,
         &[],
     )?;

@@ -16,6 +16,10 @@ pub fn init() {
         }
         settings::init();
         pg_sys::MarkGUCPrefixReserved(c"warden".as_ptr());
+        // pg_upgrade's own servers: nobody else can connect, and what it does to our objects, it must.
+        if pg_sys::IsBinaryUpgrade {
+            return;
+        }
         PREV_REQUEST = (&raw mut pg_sys::shmem_request_hook).replace(Some(request));
         PREV_STARTUP = (&raw mut pg_sys::shmem_startup_hook).replace(Some(startup));
     }

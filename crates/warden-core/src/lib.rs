@@ -16,6 +16,7 @@ pub mod join;
 pub mod ledger;
 pub mod masks;
 pub mod parameter;
+pub mod reference;
 pub mod sink;
 pub mod text;
 pub mod tlv;

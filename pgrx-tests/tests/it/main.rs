@@ -4,6 +4,7 @@
 mod capture;
 mod connections;
 mod databases;
+mod dump;
 mod durability;
 mod errors;
 mod exactly_once;
@@ -18,6 +19,7 @@ mod masking_attacks;
 mod parameters;
 mod privileges;
 mod readme;
+mod restores;
 mod secrets;
 mod shipping;
 mod symbols;
