@@ -4,6 +4,7 @@
 mod capture;
 mod connections;
 mod databases;
+mod depth;
 mod durability;
 mod errors;
 mod exactly_once;
@@ -23,3 +24,4 @@ mod shipping;
 mod symbols;
 mod tampering;
 mod transactions;
+mod withheld;
