@@ -10,7 +10,7 @@ CREATE TABLE warden.rule (
     builtin     boolean NOT NULL DEFAULT false
 );
 COMMENT ON TABLE warden.rule IS 'Guardrails: statements that are refused with SQLSTATE WA001. Use warden.add_rule().';
-COMMENT ON COLUMN warden.rule.commands IS 'Command tags, and UPDATE WITHOUT WHERE, DELETE WITHOUT WHERE, DISABLE TRIGGER, DISABLE ROW LEVEL SECURITY';
+COMMENT ON COLUMN warden.rule.commands IS 'Command tags, and UPDATE WITHOUT WHERE, DELETE WITHOUT WHERE, DISABLE TRIGGER, DISABLE ROW LEVEL SECURITY, CASCADE TO COLUMN';
 COMMENT ON COLUMN warden.rule.relations IS 'The only relations protected; empty for all';
 COMMENT ON COLUMN warden.rule.applies_to IS 'The only roles, with their members, that it applies to; empty for all';
 COMMENT ON COLUMN warden.rule.exempt IS 'Roles, with their members, that it does not apply to; AI agents are never exempt';
@@ -81,7 +81,7 @@ SELECT r.name, r.commands, ARRAY[warden.reference_to('warden_admin'::regrole)], 
 FROM (VALUES
     ('no_drop_database', '{DROP DATABASE}'::text[], 'Ask a member of warden_admin to drop the database.'),
     ('no_drop_schema', '{DROP SCHEMA}', 'Ask a member of warden_admin to drop the schema.'),
-    ('no_drop_table', '{DROP TABLE,DROP OWNED}', 'Ask a member of warden_admin to drop the table.'),
+    ('no_drop_table', '{DROP TABLE,DROP OWNED,CASCADE TO COLUMN}', 'Ask a member of warden_admin to drop the table.'),
     ('no_truncate', '{TRUNCATE TABLE}', 'Use DELETE with a WHERE clause, or ask a member of warden_admin.'),
     ('no_update_without_where', '{UPDATE WITHOUT WHERE}', 'Add a WHERE clause that selects the rows to change.'),
     ('no_delete_without_where', '{DELETE WITHOUT WHERE}', 'Add a WHERE clause that selects the rows to delete.'),

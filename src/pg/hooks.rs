@@ -9,8 +9,8 @@ use crate::pg::raise::{self, Raised};
 use crate::pg::record::{self, Begun};
 use crate::pg::shape::{self, statement_text};
 use crate::pg::{
-    chain, classes, databases, exclusions, identity, local::Local, mask, parallel, parameters,
-    policy, rules, transaction, worker,
+    chain, classes, databases, drops, exclusions, identity, local::Local, mask, parallel,
+    parameters, policy, rules, transaction, withhold, worker,
 };
 use pgrx::{pg_guard, pg_sys};
 use std::ffi::{c_char, c_int, c_void};
@@ -187,7 +187,8 @@ unsafe extern "C-unwind" fn executor_start(query: *mut pg_sys::QueryDesc, eflags
             None => standard_ExecutorStart(query, eflags),
         });
         if failed {
-            rethrow(failed_query(query));
+            failed_query(query);
+            chain::rethrow();
         }
         if recorded {
             watch(query);
@@ -290,27 +291,8 @@ unsafe extern "C-unwind" fn abandoned(arg: *mut c_void) {
 }
 
 #[pg_guard]
-unsafe extern "C-unwind" fn failed_query(query: *mut pg_sys::QueryDesc) -> *mut pg_sys::ErrorData {
+unsafe extern "C-unwind" fn failed_query(query: *mut pg_sys::QueryDesc) {
     record::detach(query, Outcome::Failed, Some(chain::caught_sqlstate()));
-    if passes() {
-        return std::ptr::null_mut();
-    }
-    // SAFETY: an error is being handled.
-    unsafe { mask::scrubbed_error() }
-}
-
-/// Sends the caught error on: as it was, or without the DETAIL that may not be shown.
-///
-/// # Safety
-/// As [`chain::rethrow`].
-unsafe fn rethrow(scrubbed: *mut pg_sys::ErrorData) -> ! {
-    // SAFETY: see above.
-    unsafe {
-        if scrubbed.is_null() {
-            chain::rethrow();
-        }
-        mask::rethrow(scrubbed)
-    }
 }
 
 /// Runs `f` as part of `query`.
@@ -325,9 +307,9 @@ unsafe fn run_inside(query: *mut pg_sys::QueryDesc, f: impl FnOnce()) {
     if failed {
         // SAFETY: an error has been caught.
         unsafe {
-            let scrubbed = failed_query(query);
+            failed_query(query);
             record::leave_failed(depth);
-            rethrow(scrubbed);
+            chain::rethrow();
         }
     }
     record::leave(depth);
@@ -430,19 +412,21 @@ unsafe extern "C-unwind" fn process_utility(
             raise::raise(refused);
         }
         let depth = record::enter(d.begun.intent);
+        let dropping = drops::enter((*stmt).utilityStmt);
         let failed = chain::call(|| match PREV_UTILITY {
             Some(prev) => prev(d.stmt, source, read_only, context, params, env, dest, qc),
             None => {
                 standard_ProcessUtility(d.stmt, source, read_only, context, params, env, dest, qc);
             }
         });
+        drops::leave(dropping);
         if d.paused {
             databases::resume();
         }
         if failed {
-            let scrubbed = failed_utility(&d.begun);
+            failed_utility(&d.begun);
             record::leave_failed(depth);
-            rethrow(scrubbed);
+            chain::rethrow();
         }
         after_utility(&d, qc);
         record::leave(depth);
@@ -464,7 +448,7 @@ unsafe extern "C-unwind" fn before_utility(source: *const c_char, d: *mut Decide
         let utility = rules::examine(node);
         let installed = policy::installed();
         if installed && pg_sys::IsTransactionState() {
-            // So that they are known if the command fails: no catalog can be read then.
+            // So that they are known if the command, or the commit, fails: see `withhold`.
             policy::masks();
         }
         let decision = if installed {
@@ -507,21 +491,14 @@ unsafe extern "C-unwind" fn before_utility(source: *const c_char, d: *mut Decide
 }
 
 #[pg_guard]
-unsafe extern "C-unwind" fn failed_utility(begun: *const Begun) -> *mut pg_sys::ErrorData {
+unsafe extern "C-unwind" fn failed_utility(begun: *const Begun) {
     // SAFETY: the trampoline's.
     let begun = unsafe { *begun };
-    record::end(
-        begun,
-        Outcome::Failed,
-        Some(chain::caught_sqlstate()),
-        -1,
-        "",
-    );
-    if passes() {
-        return std::ptr::null_mut();
-    }
-    // SAFETY: an error is being handled.
-    unsafe { mask::scrubbed_error() }
+    let (outcome, rule) = match drops::refused_by() {
+        Some(rule) => (Outcome::Blocked, rule),
+        None => (Outcome::Failed, String::new()),
+    };
+    record::end(begun, outcome, Some(chain::caught_sqlstate()), -1, &rule);
 }
 
 #[pg_guard]
@@ -564,6 +541,12 @@ unsafe extern "C-unwind" fn on_subtransaction(
     _arg: *mut c_void,
 ) {
     if event == pg_sys::SubXactEvent::SUBXACT_EVENT_ABORT_SUB {
+        // A client's savepoint, and no exception block: those run inside a statement.
+        // SAFETY: reads variables of this process; see `failing_statement`.
+        let failing = withhold::at_the_top().then(|| unsafe { failing_statement() });
+        if let Some(sql) = failing.flatten() {
+            record::on_abort(chain::caught_sqlstate(), sql);
+        }
         transaction::subtransaction_rolled_back(subtransaction);
     }
 }

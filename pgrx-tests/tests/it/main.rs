@@ -4,6 +4,7 @@
 mod capture;
 mod connections;
 mod databases;
+mod depth;
 mod dump;
 mod durability;
 mod errors;
@@ -25,3 +26,4 @@ mod shipping;
 mod symbols;
 mod tampering;
 mod transactions;
+mod withheld;
