@@ -224,7 +224,7 @@ SELECT e.seq,
                     WHEN t.rolled_back @> d.subtransaction THEN false
                     WHEN t.unknown_from <> 0 AND d.subtransaction >= t.unknown_from THEN NULL
                     ELSE true END
-                FROM warden.transaction t WHERE t.xid = d.xid ORDER BY t.id DESC LIMIT 1)
+                FROM warden.transaction t WHERE t.xid = d.xid AND t.id > e.seq ORDER BY t.id LIMIT 1)
        END AS committed,
        d.xid,
        ARRAY(SELECT pg_catalog.concat_ws('.', m ->> 'relation', m ->> 'column')

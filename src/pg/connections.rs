@@ -10,7 +10,7 @@ use crate::pg::raise::unpack_sqlstate;
 use crate::pg::record::{count_unrecorded, now};
 use crate::pg::session::{self, text};
 use crate::pg::shared::{self, shared};
-use crate::pg::{journal, port, refusals, withhold};
+use crate::pg::{boot, journal, port, refusals, withhold};
 use crate::settings;
 use pgrx::pg_sys;
 use std::ffi::{c_int, c_void};
@@ -88,6 +88,7 @@ unsafe extern "C-unwind" fn authentication(port: *mut pg_sys::Port, status: c_in
         }
         match status {
             STATUS_OK => {
+                quietly(boot::announce);
                 watch();
                 withhold::watch();
             }

@@ -458,8 +458,8 @@ fn map_for_reading(segment: u64) -> Option<Mmap> {
     unsafe { MmapOptions::new().len(SEGMENT as usize).map(&file) }.ok()
 }
 
-/// Opens the journal when the server starts, or starts again after a crash: finds its end, and
-/// appends a boot frame if anything is recorded. Called by the postmaster.
+/// Opens the journal when the server starts, or starts again after a crash: finds its end. Called by
+/// the postmaster.
 pub fn startup() {
     let sh = shared();
     if let Err(e) = open_directory(sh) {
@@ -477,16 +477,6 @@ pub fn startup() {
         if let Some(slot) = sh.slot(database) {
             slot.name.set(name.as_bytes());
         }
-    }
-    let governed = sh
-        .slots
-        .iter()
-        .any(|s| s.database.load(Ordering::Relaxed) != 0);
-    if governed {
-        // SAFETY: reads the clock.
-        let now = unsafe { pg_sys::GetCurrentTimestamp() };
-        // A full journal has no room for it, and then no statement ran since the last one either.
-        let _ = append(FrameKind::Boot, 0, &now.to_le_bytes(), true);
     }
 }
 

@@ -6,7 +6,7 @@
 
 use crate::pg::shared::{Slot, SlotState, shared};
 use crate::pg::worker::{self, Role};
-use crate::pg::{journal, local::Local, refusals, scan};
+use crate::pg::{boot, journal, local::Local, refusals, scan};
 use crate::settings;
 use pgrx::pg_sys;
 use std::collections::HashMap;
@@ -65,6 +65,7 @@ pub extern "C-unwind" fn pg_warden_launcher_main(_arg: pg_sys::Datum) {
     unsafe {
         pg_sys::BackgroundWorkerInitializeConnection(std::ptr::null(), std::ptr::null(), 0);
     }
+    boot::announce();
     let sh = shared();
     sh.launcher
         .store(std::process::id() as i32, Ordering::Release);

@@ -1,5 +1,6 @@
 //! The only code that calls PostgreSQL directly, and the only unsafe code.
 
+pub mod boot;
 pub mod chain;
 pub mod classes;
 pub mod compat;

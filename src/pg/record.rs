@@ -8,7 +8,7 @@ use crate::error::{Refusal, RefusalCode};
 use crate::pg::local::Local;
 use crate::pg::raise::unpack_sqlstate;
 use crate::pg::shared::shared;
-use crate::pg::{classes, flush, journal, policy, session, shape, transaction, worker};
+use crate::pg::{boot, classes, flush, journal, policy, session, shape, transaction, worker};
 use pgrx::pg_sys;
 use std::ffi::c_int;
 use std::sync::atomic::Ordering;
@@ -98,6 +98,7 @@ pub fn destination() -> u32 {
     if !usable {
         return dest;
     }
+    boot::announce();
     // A database that was copied, or restored, with its ledger.
     let ungoverned = sh.slot(database).is_none() && policy::installed() && !is_template(database);
     if ungoverned && sh.govern(database) {

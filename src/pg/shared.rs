@@ -100,6 +100,8 @@ pub struct Shared {
     pub broken: AtomicU32,
     /// Changes with the set of governed databases.
     pub generation: AtomicU32,
+    /// Whether the journal knows that the server has started: see [`crate::pg::boot`].
+    pub booted: AtomicU32,
     /// The governed home database, or 0.
     pub home: AtomicU32,
     /// Process id of the launcher; 0 before it has started, and negative once it has ended.

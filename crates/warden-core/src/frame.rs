@@ -174,6 +174,36 @@ pub fn frame_size(payload_len: usize) -> usize {
     (HEADER + payload_len).next_multiple_of(8)
 }
 
+/// The server has started, and recovery is over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Boot {
+    /// When: microseconds since 2000-01-01 UTC.
+    pub at: i64,
+    /// The next full transaction id. This one and those after it may have been used before the start;
+    /// then they were rolled back, and mean other transactions from now on.
+    pub next_xid: u64,
+}
+
+impl Boot {
+    /// The payload.
+    #[must_use]
+    pub fn encode(&self) -> [u8; 16] {
+        let mut b = [0; 16];
+        b[..8].copy_from_slice(&self.at.to_le_bytes());
+        b[8..].copy_from_slice(&self.next_xid.to_le_bytes());
+        b
+    }
+
+    /// Reads a payload; `None` if it is too short.
+    #[must_use]
+    pub fn decode(b: &[u8]) -> Option<Self> {
+        Some(Self {
+            at: u64le(b, 0)? as i64,
+            next_xid: u64le(b, 8)?,
+        })
+    }
+}
+
 /// A statement is about to run. Its frame's position identifies the execution. A TLV payload may
 /// follow: see [`crate::parameter`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

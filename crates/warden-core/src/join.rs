@@ -17,7 +17,7 @@ use crate::event::{
     Event, EventKind, ExecutionFacts, GapFacts, Outcome, SessionFacts, ShapeFacts,
     TransactionFacts, flags,
 };
-use crate::frame::{self, Fate, FrameKind, GapReason, Header, Intent, Transaction, u64le};
+use crate::frame::{self, Boot, Fate, FrameKind, GapReason, Header, Intent, Transaction, u64le};
 use crate::ledger::{Chain, Hash};
 use crate::parameter;
 use crate::tlv::Reader;
@@ -63,6 +63,27 @@ pub trait Directory {
     /// Whether the server has committed, not rolled back, a transaction; `None` if neither, or if
     /// it does not know any more.
     fn committed(&mut self, xid: u64) -> Option<bool>;
+}
+
+/// What the tables know after a start of the server: ids that it gives out again were rolled back.
+struct Started<'a, D> {
+    directory: &'a mut D,
+    boot: Boot,
+}
+
+impl<D: Directory> Directory for Started<'_, D> {
+    fn session(&mut self, key: u64) -> Option<i64> {
+        self.directory.session(key)
+    }
+    fn statement(&mut self, key: u64) -> Option<i64> {
+        self.directory.statement(key)
+    }
+    fn committed(&mut self, xid: u64) -> Option<bool> {
+        if xid >= self.boot.next_xid {
+            return Some(false);
+        }
+        self.directory.committed(xid)
+    }
 }
 
 /// Names the shape of a statement.
@@ -741,9 +762,11 @@ impl Joiner {
     }
 
     fn boot(&mut self, payload: &[u8], directory: &mut impl Directory) -> bool {
-        self.interrupt_all(directory);
-        let at = u64le(payload, 0).map_or(self.at, |at| at as i64);
-        self.append_connection(blank(EventKind::Boot, at, Vec::new()));
+        let Some(boot) = Boot::decode(payload) else {
+            return false;
+        };
+        self.interrupt_all(&mut Started { directory, boot });
+        self.append_connection(blank(EventKind::Boot, boot.at, Vec::new()));
         true
     }
 
@@ -1118,6 +1141,11 @@ mod tests {
         GapFacts::decode(&e.payload).unwrap().reason
     }
 
+    fn boot(at: i64, next_xid: u64) -> Item {
+        let payload = Boot { at, next_xid }.encode().to_vec();
+        Item::Frame(FrameKind::Boot as u8, 0, frame::VERSION, payload)
+    }
+
     fn item() -> impl Strategy<Value = Item> {
         prop_oneof![
             2 => (0u64..6).prop_map(session),
@@ -1126,7 +1154,7 @@ mod tests {
             8 => (1u64..40, -1i64..5).prop_map(|(n, rows)| outcome(n * 64, rows)),
             1 => (0u64..4).prop_map(end),
             1 => (0i64..99, "[a-z]{0,9}").prop_map(|(at, role)| connection(at, &role)),
-            1 => Just(Item::Frame(FrameKind::Boot as u8, 0, frame::VERSION, vec![])),
+            1 => (0u64..9).prop_map(|x| boot(0, x)),
             1 => Just(frame(FrameKind::Gap, 7u64.to_le_bytes().to_vec())),
             1 => Just(Item::Damaged),
             2 => (any::<u8>(), 4u32..7, 0u16..3, prop::collection::vec(any::<u8>(), 0..80))
@@ -1248,8 +1276,7 @@ mod tests {
 
     #[test]
     fn after_a_crash_the_server_knows_what_was_committed() {
-        let boot = Item::Frame(FrameKind::Boot as u8, 0, frame::VERSION, vec![0; 8]);
-        let items = [intent(1, 9, 0, 0), written(64, 1, 700, 1), boot];
+        let items = [intent(1, 9, 0, 0), written(64, 1, 700, 1), boot(0, 701)];
         let mut tables = Tables {
             committed: HashSet::from([700]),
             ..Tables::default()
@@ -1260,6 +1287,29 @@ mod tests {
         }
         tables.store(&mut j);
         assert_eq!(fates(&tables), BTreeMap::from([(1, Some(true))]));
+    }
+
+    #[test]
+    fn an_id_that_a_crash_took_back_was_not_committed_by_who_has_it_next() {
+        let items = [
+            intent(1, 9, 0, 0),
+            written(64, 1, 700, 1),
+            boot(5, 700),
+            intent(6, 9, 0, 0),
+            written(4 * 64, 2, 700, 1),
+        ];
+        let mut tables = Tables {
+            committed: HashSet::from([700]),
+            ..Tables::default()
+        };
+        let mut j = tables.joiner();
+        for (i, item) in items.iter().enumerate() {
+            feed(&mut j, &tables, i, item);
+        }
+        j.interrupt_all(&mut &tables);
+        tables.store(&mut j);
+        let expected = BTreeMap::from([(1, Some(false)), (2, Some(true))]);
+        assert_eq!(fates(&tables), expected);
     }
 
     #[test]
@@ -1336,9 +1386,7 @@ mod tests {
 
     #[test]
     fn a_boot_interrupts_every_open_intent() {
-        let at = 4_000_000u64.to_le_bytes().to_vec();
-        let boot = Item::Frame(FrameKind::Boot as u8, 0, frame::VERSION, at);
-        let t = whole(&[intent(1, 8, 0, 0), intent(2, 9, 0, 0), boot]);
+        let t = whole(&[intent(1, 8, 0, 0), intent(2, 9, 0, 0), boot(4_000_000, 1)]);
         assert_eq!(kinds(&t), [3, 3, 5]);
         assert!(
             t.events[..2]
@@ -1394,8 +1442,7 @@ mod tests {
 
     #[test]
     fn connections_and_boots_are_projected() {
-        let boot = Item::Frame(FrameKind::Boot as u8, 0, frame::VERSION, vec![0; 8]);
-        let t = whole(&[connection(7, "app"), boot, connection(9, "ana")]);
+        let t = whole(&[connection(7, "app"), boot(0, 1), connection(9, "ana")]);
         assert_eq!(kinds(&t), [7, 5, 7]);
         let rows: Vec<_> = t.connections.iter().map(|r| (r.id, r.at)).collect();
         assert_eq!(rows, [(1, 7), (2, 0), (3, 9)]);
