@@ -1393,6 +1393,35 @@ mod tests {
     }
 
     #[test]
+    fn a_ledger_that_moves_ends_what_is_open_and_says_so() {
+        let mut tables = Tables::default();
+        let mut j = tables.joiner();
+        let items = [session(1), shape(2), intent(5, 1, 1, 2)];
+        for (i, item) in items.iter().enumerate() {
+            feed(&mut j, &tables, i, item);
+        }
+        tables.store(&mut j);
+        let mut j = tables.joiner();
+        let facts = GapFacts {
+            reason: reason::TIMELINE_CHANGED.to_owned(),
+            from_position: 10_000,
+            to_position: 9_000,
+            ..GapFacts::default()
+        };
+        j.moved(&facts, &mut &tables);
+        j.started(77);
+        assert_eq!(j.start(), 9_000);
+        // Its intent is of the time before.
+        feed(&mut j, &tables, 3, &outcome(8_992, 1));
+        tables.store(&mut j);
+        assert_eq!(kinds(&tables), [1, 2, 3, 4, 5]);
+        assert_eq!(tables.events[2].0.outcome, Outcome::Interrupted as i16);
+        assert_eq!(gap_reason(&tables.events[3].0), reason::TIMELINE_CHANGED);
+        assert_eq!(tables.connections[0].at, 77);
+        assert!(tables.pending.is_empty());
+    }
+
+    #[test]
     fn connections_and_boots_are_projected() {
         let boot = Item::Frame(FrameKind::Boot as u8, 0, frame::VERSION, vec![0; 8]);
         let t = whole(&[connection(7, "app"), boot, connection(9, "ana")]);
