@@ -400,11 +400,13 @@ impl Joiner {
     }
 
     /// The ledger goes on where it was not written before: what was open stays without an end, and the
-    /// journal position before which nothing belongs to it is another one.
-    pub fn moved(&mut self, facts: &GapFacts, directory: &mut impl Directory) {
+    /// journal position before which nothing belongs to it is another one. Returns the `seq` of the event
+    /// that says so.
+    pub fn moved(&mut self, facts: &GapFacts, directory: &mut impl Directory) -> i64 {
         self.interrupt_all(directory);
         self.start = facts.to_position;
         self.push(EventKind::Gap, self.at, facts.encode());
+        self.chain.seq
     }
 
     /// The server started, and its journal cannot say so.
@@ -1408,7 +1410,7 @@ mod tests {
             to_position: 9_000,
             ..GapFacts::default()
         };
-        j.moved(&facts, &mut &tables);
+        assert_eq!(j.moved(&facts, &mut &tables), 4);
         j.started(77);
         assert_eq!(j.start(), 9_000);
         // Its intent is of the time before.
