@@ -4,7 +4,7 @@
 //! backup back to an earlier time, a promoted standby to another machine. The journal does not go the
 //! same way: the one found there may be another, newer or older. Owns `warden.ledger_origin`, which says
 //! where the ledger was written from, and the file `recovery` of the journal, which says where the journal
-//! ended when an archive was last replayed. Only the recorder asks.
+//! ended when an archive was last replayed. The recorder asks, and the shipper for the ids of events.
 
 use crate::pg::journal;
 use crate::pg::shared::shared;
@@ -37,6 +37,18 @@ pub fn current() -> Origin {
             timeline: pg_sys::GetWALInsertionTimeLine(),
             journal: hasher.finish(),
         }
+    }
+}
+
+/// Where this server writes, as ids of events have it.
+pub fn here(database: u32) -> warden_core::sink::Origin {
+    let Origin {
+        system, timeline, ..
+    } = current();
+    warden_core::sink::Origin {
+        system,
+        timeline,
+        database,
     }
 }
 

@@ -364,8 +364,11 @@ impl Masks {
     /// Why nothing may be read from a relation.
     pub fn unreadable(&self, relation: pg_sys::Oid) -> Option<Unreadable<'_>> {
         if let Some(version) = &self.outdated {
+            // An upgrade script may read our tables: it is what makes them readable.
+            // SAFETY: reads a variable of this process.
+            let upgrading = unsafe { pg_sys::creating_extension };
             let users = relation.to_u32() >= pg_sys::FirstNormalObjectId;
-            return users.then_some(Unreadable::Outdated(version));
+            return (users && !upgrading).then_some(Unreadable::Outdated(version));
         }
         if self.broken.is_empty() {
             return None;

@@ -125,16 +125,17 @@ impl Recorder {
             Err(e) => pgrx::error!("pg_warden: could not read warden.ledger_origin: {e}"),
         };
         let moved = former.filter(|former| *former != origin);
+        let mut first_here = events + 1;
         let next = match (position, moved) {
-            (Some(saved), Some(former)) => {
-                let facts = origin::moved(former, origin, saved);
-                joiner.moved(&facts, &mut &ledger);
+            (saved, Some(former)) => {
+                let facts = origin::moved(former, origin, saved.unwrap_or(0));
+                first_here = joiner.moved(&facts, &mut &ledger);
                 if origin::journal_is_new() {
                     joiner.started(origin::started_at());
                 }
                 facts.to_position
             }
-            (None, _) => {
+            (None, None) => {
                 if events > 0 {
                     joiner.gap(reason::POSITION_LOST, 0, 0, oldest);
                 }
@@ -157,7 +158,7 @@ impl Recorder {
         };
         let start = joiner.start();
         if former != Some(origin)
-            && let Err(e) = origin::store(origin, events + 1)
+            && let Err(e) = origin::store(origin, first_here)
         {
             pgrx::error!("pg_warden: could not write warden.ledger_origin: {e}");
         }

@@ -12,10 +12,10 @@
 //! flush covers all that it has seen. So nothing is sent that a crash could take back, and a `seq`
 //! never arrives with two different contents.
 
-use crate::pg::ledger_table;
 use crate::pg::shared::{self, shared};
 use crate::pg::version;
 use crate::pg::worker::{self, Role};
+use crate::pg::{ledger_table, origin};
 use crate::settings;
 use crate::ship::http::Http;
 use crate::ship::{Answer, file};
@@ -148,7 +148,9 @@ fn configure() {
 struct Shipper {
     /// OID of the extension; another one means another ledger.
     extension: pg_sys::Oid,
-    origin: Origin,
+    /// Where the ledger was written, from which event on; the last first.
+    origins: Vec<(i64, Origin)>,
+    database: u32,
     policy: RetryPolicy,
     runtime: Runtime,
     http: Option<Http>,
@@ -161,11 +163,8 @@ impl Shipper {
     fn new(database: pg_sys::Oid) -> std::io::Result<Self> {
         Ok(Self {
             extension: pg_sys::InvalidOid,
-            origin: Origin {
-                // SAFETY: the control file was read when the server started.
-                system: unsafe { pg_sys::GetSystemIdentifier() },
-                database: database.to_u32(),
-            },
+            origins: Vec::new(),
+            database: database.to_u32(),
             policy: RetryPolicy::default(),
             runtime: tokio::runtime::Builder::new_current_thread()
                 .enable_all()
@@ -218,6 +217,7 @@ impl Shipper {
                 return Ok((Round::NoSinks, Vec::new()));
             }
             let head = last_seq(spi)?;
+            self.origins = read_origins(spi, self.database)?;
             let mut taken = Vec::new();
             let mut look = POLL;
             for sink in sinks.iter().filter(|s| s.enabled && s.delivered < head) {
@@ -318,7 +318,11 @@ impl Shipper {
         self.facts.load(spi, &events)?;
         let mut batch = Batch::default();
         for e in &events {
-            let line = render(&self.origin, e, self.facts.context(&e.event));
+            let line = render(
+                &origin_of(&self.origins, self.database, e.event.seq),
+                e,
+                self.facts.context(&e.event),
+            );
             if !batch.push(e.event.seq, &line, limits) {
                 break;
             }
@@ -386,7 +390,8 @@ impl Shipper {
         let Some(http) = &self.http else {
             return State::Answered(Answer::retry("no HTTP client"));
         };
-        let id = self.origin.batch_id(batch.first_seq, batch.last_seq);
+        let id = origin_of(&self.origins, self.database, batch.first_seq)
+            .batch_id(batch.first_seq, batch.last_seq);
         State::Sending(self.requests.spawn(http.post(url, &id, batch)))
     }
 
@@ -523,6 +528,26 @@ fn settle_cursors(spi: &mut SpiClient<'_>, mut sinks: Vec<Sink>) -> SpiResult<Ve
     }
     sinks.retain(|s| !s.dropped);
     Ok(sinks)
+}
+
+/// Where an event was written: its id stays what it was when the ledger moves.
+fn origin_of(origins: &[(i64, Origin)], database: u32, seq: i64) -> Origin {
+    let found = origins.iter().find(|(from, _)| *from <= seq);
+    found.map_or_else(|| origin::here(database), |(_, origin)| *origin)
+}
+
+fn read_origins(spi: &SpiClient<'_>, database: u32) -> SpiResult<Vec<(i64, Origin)>> {
+    let query = "SELECT seq, system, timeline FROM warden.ledger_origin ORDER BY id DESC";
+    let rows = spi.select(query, None, &[])?;
+    rows.map(|r| {
+        let origin = Origin {
+            system: r.get::<i64>(2)?.unwrap_or_default() as u64,
+            timeline: r.get::<i32>(3)?.unwrap_or_default() as u32,
+            database,
+        };
+        Ok((r.get(1)?.unwrap_or_default(), origin))
+    })
+    .collect()
 }
 
 fn last_seq(spi: &SpiClient<'_>) -> SpiResult<i64> {

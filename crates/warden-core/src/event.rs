@@ -646,6 +646,31 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_gap_survives_its_payload_and_one_of_before_moves_is_read() {
+        let moved = GapFacts {
+            reason: "server_replaced".into(),
+            statements: 1,
+            from_position: 2,
+            to_position: 3,
+            system: u64::MAX,
+            timeline: 4,
+            server_version: 180_006,
+        };
+        assert_eq!(GapFacts::decode(&moved.encode()), Ok(moved));
+        let mut w = Writer::new();
+        w.put_str(1, "journal_full")
+            .put_u64(2, 9)
+            .put_u64(3, 7)
+            .put_u64(4, 8);
+        let old = GapFacts::decode(&w.finish()).unwrap();
+        let json = serde_json::to_string(&old).unwrap();
+        assert_eq!(
+            json,
+            r#"{"reason":"journal_full","statements":9,"from_position":7,"to_position":8}"#
+        );
+    }
+
+    #[test]
     fn a_session_survives_its_payload() {
         let s = SessionFacts {
             session: 7,

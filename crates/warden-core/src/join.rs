@@ -421,11 +421,13 @@ impl Joiner {
     }
 
     /// The ledger goes on where it was not written before: what was open stays without an end, and the
-    /// journal position before which nothing belongs to it is another one.
-    pub fn moved(&mut self, facts: &GapFacts, directory: &mut impl Directory) {
+    /// journal position before which nothing belongs to it is another one. Returns the `seq` of the event
+    /// that says so.
+    pub fn moved(&mut self, facts: &GapFacts, directory: &mut impl Directory) -> i64 {
         self.interrupt_all(directory);
         self.start = facts.to_position;
         self.push(EventKind::Gap, self.at, facts.encode());
+        self.chain.seq
     }
 
     /// The server started, and its journal cannot say so.
@@ -1438,6 +1440,35 @@ mod tests {
     #[test]
     fn a_statement_that_began_before_the_ledger_is_no_gap() {
         assert!(whole(&[outcome(56, 1)]).events.is_empty());
+    }
+
+    #[test]
+    fn a_ledger_that_moves_ends_what_is_open_and_says_so() {
+        let mut tables = Tables::default();
+        let mut j = tables.joiner();
+        let items = [session(1), shape(2), intent(5, 1, 1, 2)];
+        for (i, item) in items.iter().enumerate() {
+            feed(&mut j, &tables, i, item);
+        }
+        tables.store(&mut j);
+        let mut j = tables.joiner();
+        let facts = GapFacts {
+            reason: reason::TIMELINE_CHANGED.to_owned(),
+            from_position: 10_000,
+            to_position: 9_000,
+            ..GapFacts::default()
+        };
+        assert_eq!(j.moved(&facts, &mut &tables), 4);
+        j.started(77);
+        assert_eq!(j.start(), 9_000);
+        // Its intent is of the time before.
+        feed(&mut j, &tables, 3, &outcome(8_992, 1));
+        tables.store(&mut j);
+        assert_eq!(kinds(&tables), [1, 2, 3, 4, 5]);
+        assert_eq!(tables.events[2].0.outcome, Outcome::Interrupted as i16);
+        assert_eq!(gap_reason(&tables.events[3].0), reason::TIMELINE_CHANGED);
+        assert_eq!(tables.connections[0].at, 77);
+        assert!(tables.pending.is_empty());
     }
 
     #[test]

@@ -24,6 +24,9 @@ use std::time::Duration;
 pub struct Origin {
     /// The cluster's system identifier.
     pub system: u64,
+    /// The cluster's timeline: a ledger that was restored to an earlier time has other events under
+    /// the same numbers.
+    pub timeline: u32,
     /// The database's OID.
     pub database: u32,
 }
@@ -32,13 +35,21 @@ impl Origin {
     /// The id of an event: the same whenever, and however often, it is sent.
     #[must_use]
     pub fn event_id(&self, seq: i64) -> String {
-        format!("{}-{}-{seq}", self.system, self.database)
+        format!("{}-{seq}", self.ledger())
     }
 
     /// The id of a batch: the same for the same events.
     #[must_use]
     pub fn batch_id(&self, first_seq: i64, last_seq: i64) -> String {
-        format!("{}-{}-{first_seq}-{last_seq}", self.system, self.database)
+        format!("{}-{first_seq}-{last_seq}", self.ledger())
+    }
+
+    /// What ids start with.
+    fn ledger(&self) -> String {
+        match self.timeline {
+            0 | 1 => format!("{}-{}", self.system, self.database),
+            timeline => format!("{}.{timeline}-{}", self.system, self.database),
+        }
     }
 }
 
@@ -804,6 +815,7 @@ mod tests {
 
     const ORIGIN: Origin = Origin {
         system: 7_300_000_000_000_000_001,
+        timeline: 1,
         database: 16_384,
     };
 
@@ -875,6 +887,16 @@ mod tests {
     }
 
     /// A frozen fixture: receivers depend on it. A changed field needs a new name.
+    #[test]
+    fn what_happens_on_another_timeline_has_other_ids() {
+        let promoted = Origin {
+            timeline: 2,
+            ..ORIGIN
+        };
+        assert_ne!(ORIGIN.event_id(7), promoted.event_id(7));
+        assert_ne!(ORIGIN.batch_id(7, 9), promoted.batch_id(7, 9));
+    }
+
     #[test]
     fn the_line_of_an_execution_is_frozen() {
         let (s, shape) = facts();

@@ -9,7 +9,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde::Deserialize;
 use std::fmt;
-use warden_core::event::{Event, EventKind};
+use warden_core::event::{Event, EventKind, GapFacts};
 use warden_core::ledger::{Chain, ChainError, Hash, ORIGIN, event_hash};
 
 #[derive(Deserialize)]
@@ -77,8 +77,8 @@ pub struct Verifier {
     first: i64,
     /// Hash of the event before the first one, then of every event.
     hashes: Vec<Hash>,
-    /// What ids start with.
-    ledger: Option<String>,
+    /// What ids start with, from which event on.
+    ledgers: Vec<(i64, String)>,
     repeated: u64,
 }
 
@@ -95,7 +95,7 @@ impl Verifier {
         Self {
             first,
             hashes: vec![previous],
-            ledger: None,
+            ledgers: Vec::new(),
             repeated: 0,
         }
     }
@@ -131,8 +131,8 @@ impl Verifier {
     pub fn line(&mut self, line: &[u8]) -> Result<(), Problem> {
         let line: Line =
             serde_json::from_slice(line).map_err(|e| Problem::Unreadable(e.to_string()))?;
-        self.same_ledger(&line)?;
         let (event, hash) = parse(&line)?;
+        let elsewhere = self.elsewhere(&line, &event)?;
         if event.seq <= self.last() {
             return self.repetition(&event, &hash);
         }
@@ -145,6 +145,7 @@ impl Verifier {
             ChainError::Hash => Problem::Changed(event.seq),
         })?;
         self.hashes.push(hash);
+        self.ledgers.extend(elsewhere.map(|l| (event.seq, l)));
         Ok(())
     }
 
@@ -174,8 +175,10 @@ impl Verifier {
         Ok(())
     }
 
-    fn same_ledger(&mut self, line: &Line) -> Result<(), Problem> {
-        let Some(id) = &line.id else { return Ok(()) };
+    /// What ids start with from this event on, if it is the first one, or says that the ledger has
+    /// moved to another cluster or timeline.
+    fn elsewhere(&self, line: &Line, event: &Event) -> Result<Option<String>, Problem> {
+        let Some(id) = &line.id else { return Ok(None) };
         let ledger = id.rsplit_once('-').map_or("", |(ledger, _)| ledger);
         if id.strip_prefix(ledger) != Some(&format!("-{}", line.seq)) {
             return Err(Problem::Unreadable(format!(
@@ -183,15 +186,26 @@ impl Verifier {
                 line.seq
             )));
         }
-        match &self.ledger {
-            Some(known) if known != ledger => Err(Problem::OtherLedger(id.clone())),
-            Some(_) => Ok(()),
-            None => {
-                self.ledger = Some(ledger.to_owned());
-                Ok(())
+        let known = self
+            .ledgers
+            .iter()
+            .rev()
+            .find(|(from, _)| *from <= line.seq);
+        match known {
+            Some((_, known)) if known == ledger => Ok(None),
+            Some(_) if event.seq <= self.last() || !moves(event) => {
+                Err(Problem::OtherLedger(id.clone()))
             }
+            None if event.seq < self.first => Ok(None),
+            _ => Ok(Some(ledger.to_owned())),
         }
     }
+}
+
+/// Whether an event says that the ledger goes on elsewhere.
+fn moves(event: &Event) -> bool {
+    event.kind == EventKind::Gap as i16
+        && GapFacts::decode(&event.payload).is_ok_and(|facts| facts.system != 0)
 }
 
 fn parse(line: &Line) -> Result<(Event, Hash), Problem> {
@@ -318,6 +332,55 @@ mod tests {
         assert!(matches!(check(&all), Err(Problem::OtherLedger(_))));
         let renumbered = lines(1)[0].replace("7000-16384-1", "7000-16384-2");
         assert!(matches!(check(&[renumbered]), Err(Problem::Unreadable(_))));
+    }
+
+    /// A ledger whose event `at` says that it goes on on another cluster.
+    fn moved(n: i64, at: i64) -> Vec<String> {
+        let mut chain = Chain::default();
+        let facts = GapFacts {
+            reason: "server_replaced".into(),
+            system: 8000,
+            ..GapFacts::default()
+        };
+        let all = lines(n);
+        let all = all.iter().map(|l| {
+            let mut v: serde_json::Value = serde_json::from_str(l).unwrap();
+            let line: Line = serde_json::from_str(l).unwrap();
+            let (mut e, _) = parse(&line).unwrap();
+            if e.seq == at {
+                (e.kind, e.payload) = (EventKind::Gap as i16, facts.encode());
+            }
+            let hash = chain.append(&mut e);
+            let hash: String = hash.iter().map(|b| format!("{b:02x}")).collect();
+            v["ledger"]["kind"] = e.kind.into();
+            v["ledger"]["payload"] = STANDARD.encode(&e.payload).into();
+            v["ledger"]["hash"] = hash.into();
+            if e.seq >= at {
+                v["id"] = format!("8000-16384-{}", e.seq).into();
+            }
+            v.to_string()
+        });
+        all.collect()
+    }
+
+    #[test]
+    fn a_ledger_may_say_that_it_goes_on_on_another_cluster() {
+        let mut all = moved(9, 5);
+        assert_eq!(check(&all), Ok(9));
+        // Repeated deliveries have the ids of before.
+        all.extend(moved(9, 5));
+        assert_eq!(check(&all), Ok(9));
+        all[1] = all[1].replace("7000-16384", "8000-16384");
+        assert!(matches!(check(&all), Err(Problem::OtherLedger(_))));
+        let unsaid: Vec<_> = lines(9)
+            .iter()
+            .enumerate()
+            .map(|(i, l)| match i {
+                0..5 => l.clone(),
+                _ => l.replace("7000-16384", "8000-16384"),
+            })
+            .collect();
+        assert!(matches!(check(&unsaid), Err(Problem::OtherLedger(_))));
     }
 
     #[test]

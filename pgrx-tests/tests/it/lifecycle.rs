@@ -180,16 +180,35 @@ async fn a_library_of_another_version_reads_no_users_data_and_says_what_to_do() 
     dba.run("CREATE TABLE t (n int); INSERT INTO t VALUES (1)")
         .await?;
     cluster.drained().await?;
-    // As after the installation of a new library.
-    dba.run("UPDATE pg_extension SET extversion = '0.0.9' WHERE extname = 'pg_warden'")
+    // An upgrade script that does what only such a script may do: it changes the ledger.
+    let share = dba
+        .value("SELECT setting FROM pg_config() WHERE name = 'SHAREDIR'")
         .await?;
+    let version = env!("CARGO_PKG_VERSION");
+    let script = format!("{share}/extension/pg_warden--0.0.9test--{version}.sql");
+    std::fs::write(
+        script,
+        "ALTER TABLE warden.session ALTER COLUMN pid SET STATISTICS 10;\n\
+         DELETE FROM warden.rule WHERE name = 'of_an_older_version';\n",
+    )?;
+    // As after the installation of a new library.
+    dba.run(
+        "SELECT warden.add_rule('of_an_older_version', '{ANALYZE}');
+         UPDATE pg_extension SET extversion = '0.0.9test' WHERE extname = 'pg_warden'",
+    )
+    .await?;
     let later = cluster.connect("dba", "postgres").await?;
-    for sql in ["SELECT * FROM t", "COPY t TO STDOUT"] {
+    for sql in [
+        "SELECT * FROM t",
+        "COPY t TO STDOUT",
+        "DELETE FROM t WHERE n = 1",
+    ] {
         let error = later.error(sql).await?;
-        assert_eq!(error.code().code(), "WA001", "{error:?}");
-        assert!(error.message().contains("0.0.9"), "{error:?}");
+        assert_eq!(error.code().code(), "WA001", "{sql}: {error:?}");
+        assert!(error.message().contains("0.0.9test"), "{error:?}");
+        let hint = error.hint().unwrap_or_default();
         assert!(
-            error.hint().unwrap_or_default().contains("UPDATE"),
+            hint.contains("ALTER EXTENSION pg_warden UPDATE"),
             "{error:?}"
         );
     }
@@ -199,14 +218,13 @@ async fn a_library_of_another_version_reads_no_users_data_and_says_what_to_do() 
     later
         .run("SELECT count(*) FROM pg_class; INSERT INTO t VALUES (2)")
         .await?;
-    later
-        .run(&format!(
-            "UPDATE pg_extension SET extversion = '{}' WHERE extname = 'pg_warden'",
-            env!("CARGO_PKG_VERSION")
-        ))
-        .await?;
+    let waiting = cluster.connect("app", "postgres").await?;
+    dba.run("GRANT SELECT ON t TO app").await?;
+    assert_eq!(waiting.sqlstate("SELECT * FROM t").await?, "WA001");
     later.run("ALTER EXTENSION pg_warden UPDATE").await?;
-    assert_eq!(later.number("SELECT count(*) FROM t").await?, 2);
+    assert_eq!(waiting.number("SELECT count(*) FROM t").await?, 2);
+    let left = "SELECT count(*) FROM warden.rule WHERE name = 'of_an_older_version'";
+    assert_eq!(later.number(left).await?, 0);
     cluster.drained().await?;
     cluster.assert_verifies().await
 }

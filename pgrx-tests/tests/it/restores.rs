@@ -38,11 +38,17 @@ async fn gaps(cluster: &Cluster) -> Result<Vec<String>> {
 #[tokio::test]
 async fn pg_upgrade_takes_everything_along() -> Result {
     let old_server = std::env::var("WARDEN_PG_CONFIG_OLD").ok();
-    let mut config = Config::new(Mode::Preloaded);
-    if let Some(server) = &old_server {
-        config = config.server(server);
-    }
-    let mut old = Cluster::with_extension(config).await?;
+    // Both ship to the same file.
+    let export = std::env::temp_dir().join(format!("warden-export-{}", std::process::id()));
+    let config = || {
+        let directory = format!("warden.file_sink_directory = '{}'", export.display());
+        Config::new(Mode::Preloaded).line(&directory)
+    };
+    let mut old = Cluster::with_extension(match &old_server {
+        Some(server) => config().server(server),
+        None => config(),
+    })
+    .await?;
     let dba = old.connect("dba", "postgres").await?;
     dba.run(
         "CREATE TABLE customer (junk int, id int PRIMARY KEY, email text, name text);
@@ -58,13 +64,15 @@ async fn pg_upgrade_takes_everything_along() -> Result {
     )
     .await?;
     dba.run("CREATE DATABASE bare").await?;
+    dba.run("SELECT warden.add_sink('archive', 'file:events.ndjson')")
+        .await?;
     run(&old, "on_the_old_server").await?;
     assert_eq!(counts(&old, &["on_the_old_server"]).await?, [1]);
     let last = dba.number("SELECT max(seq) FROM warden.event").await?;
     drop(dba);
     old.stop()?;
 
-    let mut new = Cluster::create(Config::new(Mode::Preloaded).initdb())?;
+    let mut new = Cluster::create(config().initdb())?;
     new.upgrade_from(&old)?;
     new.up().await?;
     // The first statement on the new server, and the session of the one before it.
@@ -124,7 +132,27 @@ async fn pg_upgrade_takes_everything_along() -> Result {
     let names = ["on_the_old_server", "on_the_new_server", "after_a_restart"];
     assert_eq!(counts(&new, &names).await?, [1, 1, 1]);
     assert_eq!(gaps(&new).await?, ["server_replaced"]);
-    new.assert_verifies().await
+    new.assert_verifies().await?;
+
+    // What was shipped is one ledger, for whoever has only the file.
+    let su = new.superuser().await?;
+    let end = su.number("SELECT max(seq) FROM warden.event").await?;
+    let delivered = "SELECT delivered_seq FROM warden.sink_status";
+    new.wait_until("all is shipped", async || {
+        Ok(su.number(delivered).await? >= end)
+    })
+    .await?;
+    new.stop()?;
+    let mut verifier = warden_verify::Verifier::default();
+    let file = fs::read(export.join("events.ndjson"))?;
+    for line in file.split(|b| *b == b'\n').filter(|l| !l.is_empty()) {
+        if let Err(problem) = verifier.line(line) {
+            anyhow::bail!("the shipped ledger does not verify: {problem}");
+        }
+    }
+    assert!(verifier.last() >= end);
+    fs::remove_dir_all(&export)?;
+    Ok(())
 }
 
 // ---------------------------------------------------------------------------------------- backups
