@@ -90,14 +90,14 @@ CREATE TABLE warden.transaction (
     xid bigint NOT NULL,
     committed boolean NOT NULL,
     unknown_from bigint NOT NULL,
-    rolled_back bigint[] NOT NULL
+    rolled_back int8multirange NOT NULL
 );
 CREATE INDEX transaction_xid_idx ON warden.transaction (xid);
 COMMENT ON TABLE warden.transaction IS 'Projection of transaction events: what became of transactions that ended after their statements were in the ledger';
 COMMENT ON COLUMN warden.transaction.id IS 'seq of the transaction event';
 COMMENT ON COLUMN warden.transaction.xid IS 'Full transaction id, as of pg_current_xact_id()';
 COMMENT ON COLUMN warden.transaction.unknown_from IS 'Of subtransactions from this one on it is not known whether they were rolled back; 0 if of all';
-COMMENT ON COLUMN warden.transaction.rolled_back IS 'First and last number of subtransactions that were rolled back, pairwise';
+COMMENT ON COLUMN warden.transaction.rolled_back IS 'Numbers of subtransactions that were rolled back';
 
 CREATE TABLE warden.journal_position (
     position bigint NOT NULL,
@@ -206,9 +206,7 @@ SELECT e.seq,
             WHEN d.xid IS NOT NULL THEN (
                 SELECT CASE
                     WHEN NOT t.committed THEN false
-                    WHEN EXISTS (
-                        SELECT FROM pg_catalog.generate_series(1, pg_catalog.cardinality(t.rolled_back), 2) i
-                        WHERE d.subtransaction BETWEEN t.rolled_back[i] AND t.rolled_back[i + 1]) THEN false
+                    WHEN t.rolled_back @> d.subtransaction THEN false
                     WHEN t.unknown_from <> 0 AND d.subtransaction >= t.unknown_from THEN NULL
                     ELSE true END
                 FROM warden.transaction t WHERE t.xid = d.xid ORDER BY t.id DESC LIMIT 1)

@@ -41,6 +41,11 @@ unsafe extern "C-unwind" {
         direction: pg_sys::ScanDirection::Type,
         count: u64,
     );
+    fn MemoryContextAlloc(context: pg_sys::MemoryContext, size: usize) -> *mut c_void;
+    fn MemoryContextRegisterResetCallback(
+        context: pg_sys::MemoryContext,
+        callback: *mut pg_sys::MemoryContextCallback,
+    );
     fn standard_ExecutorFinish(query: *mut pg_sys::QueryDesc);
     fn standard_ExecutorEnd(query: *mut pg_sys::QueryDesc);
     fn standard_planner(
@@ -138,7 +143,7 @@ unsafe extern "C-unwind" fn before_planner(
                     false,
                     true,
                     |dest| shape::utility(dest, command, sql, &[]),
-                    |_| Vec::new(),
+                    |_, _| {},
                 );
                 record::blocked(begun.unwrap_or(Begun::UNRECORDED), &refusal);
                 *refused = Some(raise::prepare(&refusal));
@@ -161,7 +166,7 @@ unsafe extern "C-unwind" fn after_planner(
     unsafe {
         mask::annotate(stmt, notes);
         let sql = statement_text(source, (*stmt).stmt_location, (*stmt).stmt_len);
-        mask::note_shape(stmt, shape::plan_key(stmt, sql));
+        mask::note_shape(stmt, shape::of_plan(stmt, sql));
     }
 }
 
@@ -222,12 +227,13 @@ unsafe extern "C-unwind" fn before_start(
             return false;
         }
         let class = classes::of_planned(stmt);
+        let shape = notes.shape.unwrap_or_else(|| shape::of_plan(stmt, sql()));
         let begun = record::begin(
             class,
             false,
             notes.masked,
-            |dest| shape::planned(dest, stmt, notes.shape, sql),
-            |shape| parameters::planned(shape, stmt, (*query).params, sql),
+            |dest| shape::planned(dest, stmt, shape.key, sql),
+            |_, out| parameters::planned(shape, stmt, (*query).params, sql, out),
         );
         match (decision, begun) {
             (Ok(()), Ok(Begun::UNRECORDED)) => false,
@@ -263,18 +269,19 @@ fn check_identity(renews: impl FnOnce() -> bool) -> Result<(), Refusal> {
 }
 
 /// Hangs our state on the query's memory: a query that is abandoned never reaches ExecutorEnd.
-#[pg_guard]
-unsafe extern "C-unwind" fn watch(query: *mut pg_sys::QueryDesc) {
+///
+/// # Safety
+/// Of a query that has been started. An error passes through here: no destructor may wait.
+unsafe fn watch(query: *mut pg_sys::QueryDesc) {
     // SAFETY: the executor has just made the context; the callback lives in it.
     unsafe {
         let context = (*(*query).estate).es_query_cxt;
-        let callback =
-            pg_sys::MemoryContextAlloc(context, size_of::<pg_sys::MemoryContextCallback>())
-                .cast::<pg_sys::MemoryContextCallback>();
+        let callback = MemoryContextAlloc(context, size_of::<pg_sys::MemoryContextCallback>())
+            .cast::<pg_sys::MemoryContextCallback>();
         (*callback).func = Some(abandoned);
         (*callback).arg = query.cast();
         (*callback).next = std::ptr::null_mut();
-        pg_sys::MemoryContextRegisterResetCallback(context, callback);
+        MemoryContextRegisterResetCallback(context, callback);
     }
 }
 
@@ -464,7 +471,7 @@ unsafe extern "C-unwind" fn before_utility(source: *const c_char, d: *mut Decide
                 true,
                 false,
                 |dest| shape::utility(dest, &utility.command, sql, &utility.targets),
-                |shape| parameters::utility(shape, &utility.command, sql),
+                |shape, out| parameters::utility(shape, &utility.command, sql, out),
             )
         };
         match (decision, begun) {

@@ -13,6 +13,7 @@ use crate::error::{Refusal, RefusalCode};
 use crate::pg::compat::pointers;
 use crate::pg::policy::{self, Masks, RelMasks};
 use crate::pg::session::text;
+use crate::pg::shape::PlanShape;
 use crate::pg::walk::{
     self, expression_tree_mutator, expression_tree_walker, guarded, query_tree_mutator,
     query_tree_walker,
@@ -1345,15 +1346,17 @@ pub unsafe fn annotate(stmt: *mut pg_sys::PlannedStmt, notes: *mut pg_sys::List)
     }
 }
 
-/// Puts the key of its shape into a planned statement, so that no execution has to find it again.
+/// Puts its shape into a planned statement, so that no execution has to find it again.
 ///
 /// # Safety
 /// `stmt` is a valid PlannedStmt.
-pub unsafe fn note_shape(stmt: *mut pg_sys::PlannedStmt, key: u64) {
+pub unsafe fn note_shape(stmt: *mut pg_sys::PlannedStmt, shape: PlanShape) {
+    // The key's highest bit is free.
+    let high = (shape.key >> 32) as u32 | u32::from(shape.literals) << 31;
     // SAFETY: a valid statement; items without a matching cache are never looked at.
     unsafe {
-        let list = add_note((*stmt).invalItems, NOTE_SHAPE[0], key as u32);
-        (*stmt).invalItems = add_note(list, NOTE_SHAPE[1], (key >> 32) as u32);
+        let list = add_note((*stmt).invalItems, NOTE_SHAPE[0], shape.key as u32);
+        (*stmt).invalItems = add_note(list, NOTE_SHAPE[1], high);
     }
 }
 
@@ -1377,8 +1380,8 @@ unsafe fn inlines_masked(stmt: *mut pg_sys::PlannedStmt) -> bool {
 pub struct Notes {
     pub labels: Vec<&'static str>,
     pub masked: bool,
-    /// The key of its shape, if it was planned with us.
-    pub shape: Option<u64>,
+    /// Its shape, if it was planned with us.
+    pub shape: Option<PlanShape>,
 }
 
 /// Reads the notes of a planned statement.
@@ -1407,7 +1410,10 @@ pub unsafe fn read_notes(stmt: *mut pg_sys::PlannedStmt) -> Notes {
         }
         notes.masked |= id < NOTE_COLUMN;
     }
-    notes.shape = (shape != 0).then_some(shape);
+    notes.shape = (shape != 0).then_some(PlanShape {
+        key: shape & (u64::MAX >> 1),
+        literals: shape >> 63 != 0,
+    });
     notes
 }
 

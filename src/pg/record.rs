@@ -146,14 +146,14 @@ pub fn wake_launcher() {
     }
 }
 
-/// Records that a statement is about to run. `shape` gives the key of its shape for a ledger, and
-/// `values` what is recorded of its values, called after it.
+/// Records that a statement is about to run. `shape` gives the key of its shape for a ledger; `values`
+/// is called after it, and adds what is recorded of its values to the intent.
 pub fn begin(
     class: Class,
     utility: bool,
     masked: bool,
     shape: impl Fn(u32) -> Option<u64>,
-    values: impl Fn(u64) -> Vec<u8>,
+    values: impl Fn(u64, &mut Vec<u8>),
 ) -> Result<Begun, Refusal> {
     let dest = destination();
     if dest == 0 {
@@ -328,13 +328,16 @@ pub fn after_abort() {
     DUE.set(NOTHING_DUE);
 }
 
+/// Room for intents, used again.
+static INTENT: Local<Vec<u8>> = Local::new(Vec::new());
+
 fn append_intent(
     dest: u32,
     at: i64,
     parent: u64,
     bits: u32,
     shape: impl Fn(u32) -> Option<u64>,
-    values: impl Fn(u64) -> Vec<u8>,
+    values: impl Fn(u64, &mut Vec<u8>),
 ) -> Option<u64> {
     report_gap(dest);
     let session = session::key(dest)?;
@@ -347,13 +350,13 @@ fn append_intent(
         parent,
         flags: bits,
     };
-    let fixed = intent.encode();
-    let values = values(shape);
-    if values.is_empty() {
-        return journal::append(FrameKind::Intent, dest, &fixed, false).ok();
-    }
-    let payload = [&fixed[..], &values].concat();
-    journal::append(FrameKind::Intent, dest, &payload, false).ok()
+    let mut payload = INTENT.with(std::mem::take);
+    payload.clear();
+    payload.extend_from_slice(&intent.encode());
+    values(shape, &mut payload);
+    let position = journal::append(FrameKind::Intent, dest, &payload, false).ok();
+    INTENT.with(|i| *i = payload);
+    position
 }
 
 /// Something went on unrecorded: a later frame says so.
@@ -557,7 +560,7 @@ pub fn on_abort(sqlstate: c_int, sql: &[u8]) {
     register_exit();
     let at = now();
     let shape = |d| shape::unparsed(d, sqlstate, sql);
-    match append_intent(dest, at, 0, 0, shape, |_| Vec::new()) {
+    match append_intent(dest, at, 0, 0, shape, |_, _| {}) {
         Some(intent) => end(
             Begun {
                 intent,

@@ -29,6 +29,7 @@ const UNSAVED: u64 = 1 << 20;
 pub extern "C-unwind" fn pg_warden_recorder_main(arg: pg_sys::Datum) {
     let database = pg_sys::Oid::from(arg.value() as u32);
     worker::attach(database, Role::Recorder);
+    keep_memory();
     let Some(mut recorder) = begin(database) else {
         return;
     };
@@ -50,6 +51,16 @@ pub extern "C-unwind" fn pg_warden_recorder_main(arg: pg_sys::Datum) {
                 pause = (pause * 2).min(LONG_PAUSE);
             }
         }
+    }
+}
+
+/// A batch needs some megabytes, again and again: they are not handed back to the kernel in between.
+fn keep_memory() {
+    const KEPT: i32 = 16 << 20;
+    // SAFETY: parameters of the allocator, before any other thread could exist.
+    unsafe {
+        libc::mallopt(libc::M_TRIM_THRESHOLD, KEPT);
+        libc::mallopt(libc::M_MMAP_THRESHOLD, KEPT);
     }
 }
 

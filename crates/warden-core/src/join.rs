@@ -540,9 +540,13 @@ impl Joiner {
             } else {
                 0
             },
-            parameters: parameters(&tail),
+            ..ExecutionFacts::default()
         };
-        let mut event = blank(EventKind::Execution, intent.at, facts.encode());
+        let mut payload = facts.encode();
+        if parameter::is_tail(&tail) {
+            payload.extend_from_slice(&tail);
+        }
+        let mut event = blank(EventKind::Execution, intent.at, payload);
         event.session = session;
         event.statement = statement;
         event.rows = o.rows;
@@ -757,15 +761,6 @@ impl Joiner {
         self.at = event.at;
         self.batch.events.push((event, hash));
     }
-}
-
-/// The values in an intent's tail.
-fn parameters(tail: &[u8]) -> Vec<parameter::Parameter> {
-    if tail.is_empty() {
-        return Vec::new();
-    }
-    let read = Reader::parse(tail).ok();
-    read.and_then(|r| parameter::get(&r)).unwrap_or_default()
 }
 
 fn blank(kind: EventKind, at: i64, payload: Vec<u8>) -> Event {
