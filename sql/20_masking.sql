@@ -64,21 +64,26 @@ BEGIN ATOMIC
         UNION SELECT 'pg_constraint'::regclass, k.oid FROM domains d JOIN pg_constraint k ON k.contypid = d.oid
     ), seen(function, classid, objid) AS (
         SELECT t.tgfoid, 'pg_trigger'::regclass::oid, t.oid FROM family f JOIN pg_trigger t ON t.tgrelid = f.oid
-        WHERE NOT t.tgisinternal
-          AND (t.tgtype & 1 = 1 OR t.tgoldtable IS NOT NULL OR t.tgnewtable IS NOT NULL)
+        WHERE t.tgtype & 1 = 1 OR t.tgoldtable IS NOT NULL OR t.tgnewtable IS NOT NULL
         UNION SELECT d.refobjid, u.classid, u.objid FROM users u JOIN pg_depend d USING (classid, objid)
         WHERE d.refclassid = 'pg_proc'::regclass
         UNION SELECT o.oprcode, u.classid, u.objid FROM users u JOIN pg_depend d USING (classid, objid)
         JOIN pg_operator o ON d.refclassid = 'pg_operator'::regclass AND o.oid = d.refobjid
     )
-    SELECT p.oid::regprocedure, pg_describe_object(s.classid, s.objid, 0), p.proowner::regrole
-    FROM seen s JOIN pg_proc p ON p.oid = s.function JOIN pg_roles r ON r.oid = p.proowner
+    SELECT x.function::regprocedure, x.used_by, x.owner::regrole
+    FROM (SELECT p.oid, pg_describe_object(s.classid, s.objid, 0), p.proowner
+          FROM seen s JOIN pg_proc p ON p.oid = s.function
+          -- Rules hand on what others write; they are the table owner's.
+          UNION ALL SELECT NULL, pg_describe_object('pg_rewrite'::regclass, w.oid, 0), c.relowner
+          FROM family f JOIN pg_rewrite w ON w.ev_class = f.oid JOIN pg_class c ON c.oid = f.oid
+          WHERE w.rulename <> '_RETURN') x (function, used_by, owner)
+    JOIN pg_roles r ON r.oid = x.owner
     WHERE NOT r.rolsuper
-      AND NOT EXISTS (SELECT FROM warden.mask_exemption e WHERE pg_has_role(p.proowner, e.role, 'USAGE'))
+      AND NOT EXISTS (SELECT FROM warden.mask_exemption e WHERE pg_has_role(x.owner, e.role, 'USAGE'))
     ORDER BY 2, 1;
 END;
 COMMENT ON FUNCTION warden.code_that_sees(regclass, smallint)
-    IS 'Functions of roles which read masks, that are handed what is stored in a column: by triggers, constraints, indexes, generated columns, statistics and policies';
+    IS 'What hands what is stored in a column to functions of roles which read masks: triggers, constraints, indexes, generated columns, statistics, policies; and such roles'' rules';
 REVOKE ALL ON FUNCTION warden.code_that_sees(regclass, smallint) FROM PUBLIC;
 
 CREATE FUNCTION warden.mask(relation regclass, column_name name, mask_function regproc DEFAULT 'warden.redact')
@@ -124,10 +129,10 @@ BEGIN
     END;
     SELECT * INTO code FROM warden.code_that_sees(mask.relation, att.attnum) LIMIT 1;
     IF FOUND THEN
-        RAISE EXCEPTION 'function % sees what is stored in column "%" of "%"', code.function, mask.column_name, mask.relation
+        RAISE EXCEPTION 'column "%" of "%" cannot be masked: % would see what is stored', mask.column_name, mask.relation, code.used_by
             USING ERRCODE = 'object_not_in_prerequisite_state',
-                  DETAIL = format('%s uses it, and it belongs to role "%s", which would read masks.', code.used_by, code.owner),
-                  HINT = 'Give the function to a role that warden.unmask_for() exempts, or drop what uses it.';
+                  DETAIL = format('%s belongs to role %s, which would read masks.', coalesce('Its function ' || code.function::text, 'It'), code.owner),
+                  HINT = 'Give it to a role that warden.unmask_for() exempts, or drop it. warden.code_that_sees() lists all.';
     END IF;
     INSERT INTO warden.mask_policy VALUES (mask.relation, att.attnum, mask.mask_function)
         ON CONFLICT ON CONSTRAINT mask_policy_pkey DO UPDATE SET function = excluded.function;

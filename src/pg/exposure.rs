@@ -103,8 +103,7 @@ unsafe fn triggers(relation: Oid, events: u32) -> Vec<Trigger> {
             let sees = kind & pg_sys::TRIGGER_TYPE_ROW != 0
                 || row.name("tgoldtable").is_some()
                 || row.name("tgnewtable").is_some();
-            let internal = row.bool("tgisinternal").unwrap_or(false);
-            if sees && kind & events != 0 && !internal {
+            if sees && kind & events != 0 {
                 found.push(Trigger {
                     name: row.name("tgname").unwrap_or_default(),
                     function: row.oid("tgfoid").unwrap_or(pg_sys::InvalidOid),

@@ -252,6 +252,10 @@ async fn a_column_is_not_masked_while_untrusted_code_sees_it() -> Result {
             "DROP POLICY p ON fresh",
         ),
         (
+            "CREATE RULE r AS ON INSERT TO fresh DO ALSO INSERT INTO stolen VALUES (NEW.email)",
+            "DROP RULE r ON fresh",
+        ),
+        (
             "CREATE STATISTICS s ON (leak(email)), id FROM fresh",
             "DROP STATISTICS s",
         ),
