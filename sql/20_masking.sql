@@ -51,12 +51,66 @@ COMMENT ON VIEW warden.mask_exemptions IS 'Roles whose members read what is stor
 REVOKE ALL ON warden.masks, warden.mask_exemptions FROM PUBLIC;
 GRANT SELECT ON warden.masks, warden.mask_exemptions TO warden_admin, warden_auditor;
 
+CREATE FUNCTION warden.code_that_sees(relation regclass, attnum smallint)
+    RETURNS TABLE (function regprocedure, used_by text, owner regrole)
+    LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+    WITH RECURSIVE family(oid) AS (
+        SELECT code_that_sees.relation::oid
+        UNION SELECT i.inhrelid FROM pg_inherits i JOIN family f ON f.oid = i.inhparent
+    ), domains(oid, base) AS (
+        SELECT t.oid, t.typbasetype FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
+        WHERE a.attrelid = code_that_sees.relation AND a.attnum = code_that_sees.attnum AND t.typtype = 'd'
+        UNION SELECT t.oid, t.typbasetype FROM domains d JOIN pg_type t ON t.oid = d.base AND t.typtype = 'd'
+    ), columns(attrelid, attnum) AS (
+        SELECT m.attrelid, m.attnum FROM pg_attribute a, family f, pg_attribute m
+        WHERE a.attrelid = code_that_sees.relation AND a.attnum = code_that_sees.attnum
+          AND m.attrelid = f.oid AND m.attname = a.attname
+    ), users(classid, objid) AS (
+        -- Constraints, indexes, generated columns and statistics: of the column, or of the whole row.
+        SELECT d.classid, d.objid FROM columns c JOIN pg_depend d
+            ON d.refclassid = 'pg_class'::regclass AND d.refobjid = c.attrelid AND d.refobjsubid IN (0, c.attnum)
+        WHERE d.classid IN ('pg_constraint'::regclass, 'pg_class'::regclass, 'pg_attrdef'::regclass,
+                            'pg_statistic_ext'::regclass)
+        -- Policies depend on their table in any case.
+        UNION SELECT d.classid, d.objid FROM columns c JOIN pg_depend d
+            ON d.refclassid = 'pg_class'::regclass AND d.refobjid = c.attrelid AND d.refobjsubid IN (0, c.attnum)
+        WHERE d.classid = 'pg_policy'::regclass
+          AND (d.refobjsubid > 0 OR NOT EXISTS (
+                  SELECT FROM pg_depend o WHERE o.classid = d.classid AND o.objid = d.objid
+                    AND o.refclassid = d.refclassid AND o.refobjid = d.refobjid AND o.refobjsubid > 0))
+        UNION SELECT 'pg_constraint'::regclass, k.oid FROM domains d JOIN pg_constraint k ON k.contypid = d.oid
+    ), seen(function, classid, objid) AS (
+        SELECT t.tgfoid, 'pg_trigger'::regclass::oid, t.oid FROM family f JOIN pg_trigger t ON t.tgrelid = f.oid
+        WHERE t.tgtype & 1 = 1 OR t.tgoldtable IS NOT NULL OR t.tgnewtable IS NOT NULL
+        UNION SELECT d.refobjid, u.classid, u.objid FROM users u JOIN pg_depend d USING (classid, objid)
+        WHERE d.refclassid = 'pg_proc'::regclass
+        UNION SELECT o.oprcode, u.classid, u.objid FROM users u JOIN pg_depend d USING (classid, objid)
+        JOIN pg_operator o ON d.refclassid = 'pg_operator'::regclass AND o.oid = d.refobjid
+    )
+    SELECT x.function::regprocedure, x.used_by, x.owner::regrole
+    FROM (SELECT p.oid, pg_describe_object(s.classid, s.objid, 0), p.proowner
+          FROM seen s JOIN pg_proc p ON p.oid = s.function
+          -- Rules hand on what others write; they are the table owner's.
+          UNION ALL SELECT NULL, pg_describe_object('pg_rewrite'::regclass, w.oid, 0), c.relowner
+          FROM family f JOIN pg_rewrite w ON w.ev_class = f.oid JOIN pg_class c ON c.oid = f.oid
+          WHERE w.rulename <> '_RETURN') x (function, used_by, owner)
+    JOIN pg_roles r ON r.oid = x.owner
+    WHERE NOT r.rolsuper
+      AND NOT EXISTS (SELECT FROM warden.mask_exemption e WHERE pg_has_role(x.owner, warden.reference_oid(e.role), 'USAGE'))
+    ORDER BY 2, 1;
+END;
+COMMENT ON FUNCTION warden.code_that_sees(regclass, smallint)
+    IS 'What hands what is stored in a column to functions of roles which read masks: triggers, constraints, indexes, generated columns, statistics, policies; and such roles'' rules';
+REVOKE ALL ON FUNCTION warden.code_that_sees(regclass, smallint) FROM PUBLIC;
+
 CREATE FUNCTION warden.mask(relation regclass, column_name name, mask_function regproc DEFAULT 'warden.redact')
     RETURNS void LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     kind "char";
     att  pg_attribute;
     fn   pg_proc;
+    code record;
 BEGIN
     SELECT c.relkind INTO kind FROM pg_class c WHERE c.oid = mask.relation;
     IF kind IS NULL OR kind NOT IN ('r', 'p', 'm', 'f') THEN
@@ -91,6 +145,13 @@ BEGIN
             USING ERRCODE = 'datatype_mismatch',
                   HINT = 'warden.mask_null masks a column of any type.';
     END;
+    SELECT * INTO code FROM warden.code_that_sees(mask.relation, att.attnum) LIMIT 1;
+    IF FOUND THEN
+        RAISE EXCEPTION 'column "%" of "%" cannot be masked: % would see what is stored', mask.column_name, mask.relation, code.used_by
+            USING ERRCODE = 'object_not_in_prerequisite_state',
+                  DETAIL = format('%s belongs to role %s, which would read masks.', coalesce('Its function ' || code.function::text, 'It'), code.owner),
+                  HINT = 'Give it to a role that warden.unmask_for() exempts, or drop it. warden.code_that_sees() lists all.';
+    END IF;
     -- One at a time: there is no key that a reference by name and one by OID have in common.
     LOCK TABLE warden.mask_policy IN SHARE ROW EXCLUSIVE MODE;
     UPDATE warden.mask_policy p SET function = warden.reference_to(mask.mask_function::regprocedure)

@@ -318,6 +318,12 @@ impl Cluster {
         kill_process(Pid::from_child(child), Signal::TERM).context("kill")
     }
 
+    /// Has the server read its configuration again.
+    pub fn reload(&self) -> Result {
+        let child = self.postmaster.as_ref().context("stopped")?;
+        kill_process(Pid::from_child(child), Signal::HUP).context("kill -HUP")
+    }
+
     /// Lets a process that [`Cluster::freeze`] stopped go on.
     pub fn thaw(pid: i64) -> Result {
         kill_process(process(pid)?, Signal::CONT).context("kill -CONT")

@@ -1,7 +1,9 @@
 //! Settings by class of statement, and the class of a statement.
 //!
-//! The value is read when it is set, not when it is used: a session looks at one word.
+//! The value is read when it is set, not when it is used: a session looks at one word. A session that waits
+//! in the middle of a statement reads no configuration; it looks at what the launcher has read.
 
+use crate::pg::shared::shared;
 use pgrx::{GucContext, GucFlags, GucSetting, pg_guard, pg_sys};
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -68,11 +70,20 @@ pub fn durability(class: Class) -> Durability {
 
 /// `warden.on_journal_full` of a class.
 pub fn on_full(class: Class) -> OnFull {
-    match byte(&ON_FULL, class) {
+    // SAFETY: reads a flag that a signal handler sets.
+    let stale = unsafe { pg_sys::ConfigReloadPending } != 0;
+    let values = if stale { &shared().on_full } else { &ON_FULL };
+    match byte(values, class) {
         0 => OnFull::Block,
         1 => OnFull::Error,
         _ => OnFull::Gap,
     }
+}
+
+/// Shows other processes what this one has read. Called by the launcher.
+pub fn publish() {
+    let values = ON_FULL.load(Ordering::Relaxed);
+    shared().on_full.store(values, Ordering::Relaxed);
 }
 
 fn byte(values: &AtomicU32, class: Class) -> u8 {

@@ -119,6 +119,51 @@ pub unsafe fn natts(relid: pg_sys::Oid) -> i16 {
     }
 }
 
+/// The composite type that a table is made of (`CREATE TABLE … OF`), or InvalidOid.
+///
+/// # Safety
+/// In a transaction.
+pub unsafe fn of_type(relid: pg_sys::Oid) -> pg_sys::Oid {
+    // SAFETY: the tuple is released before it is forgotten.
+    unsafe {
+        let tuple = pg_sys::SearchSysCache1(
+            pg_sys::SysCacheIdentifier::RELOID as _,
+            pg_sys::Datum::from(relid),
+        );
+        if tuple.is_null() {
+            return pg_sys::InvalidOid;
+        }
+        let of = (*pg_sys::GETSTRUCT(tuple).cast::<pg_sys::FormData_pg_class>()).reloftype;
+        pg_sys::ReleaseSysCache(tuple);
+        of
+    }
+}
+
+/// The type that a domain is made from, which may be one itself; InvalidOid of any other type.
+///
+/// # Safety
+/// In a transaction.
+pub unsafe fn domain_base(domain: pg_sys::Oid) -> pg_sys::Oid {
+    // SAFETY: the tuple is released before it is forgotten.
+    unsafe {
+        let tuple = pg_sys::SearchSysCache1(
+            pg_sys::SysCacheIdentifier::TYPEOID as _,
+            pg_sys::Datum::from(domain),
+        );
+        if tuple.is_null() {
+            return pg_sys::InvalidOid;
+        }
+        let t = pg_sys::GETSTRUCT(tuple).cast::<pg_sys::FormData_pg_type>();
+        let base = if (*t).typtype as u8 == b'd' {
+            (*t).typbasetype
+        } else {
+            pg_sys::InvalidOid
+        };
+        pg_sys::ReleaseSysCache(tuple);
+        base
+    }
+}
+
 /// Whether the current user owns a database.
 ///
 /// # Safety

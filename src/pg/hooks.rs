@@ -9,7 +9,7 @@ use crate::pg::raise::{self, Raised};
 use crate::pg::record::{self, Begun};
 use crate::pg::shape::{self, statement_text};
 use crate::pg::{
-    chain, classes, databases, drops, exclusions, identity, local::Local, mask, parallel,
+    chain, classes, databases, drops, exclusions, exposure, identity, local::Local, mask, parallel,
     parameters, policy, rules, transaction, withhold, worker,
 };
 use pgrx::{pg_guard, pg_sys};
@@ -454,6 +454,10 @@ unsafe extern "C-unwind" fn before_utility(source: *const c_char, d: *mut Decide
         let decision = if installed {
             check_identity(|| rules::ends_transaction(node))
                 .and_then(|()| rules::check_utility(&utility))
+                .and_then(|()| match pg_sys::IsTransactionState() {
+                    true => exposure::check_command(node),
+                    false => Ok(()),
+                })
         } else {
             Ok(())
         };

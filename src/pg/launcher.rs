@@ -6,7 +6,7 @@
 
 use crate::pg::shared::{Slot, SlotState, shared};
 use crate::pg::worker::{self, Role};
-use crate::pg::{boot, journal, local::Local, refusals, scan};
+use crate::pg::{boot, classes, journal, local::Local, refusals, scan};
 use crate::settings;
 use pgrx::pg_sys;
 use std::collections::HashMap;
@@ -73,6 +73,7 @@ pub extern "C-unwind" fn pg_warden_launcher_main(_arg: pg_sys::Datum) {
     unsafe { pg_sys::before_shmem_exit(Some(on_exit), pg_sys::Datum::from(0)) };
     let mut generation = u32::MAX;
     loop {
+        classes::publish();
         let now = sh.generation.load(Ordering::Acquire);
         if now != generation {
             generation = now;

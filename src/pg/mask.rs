@@ -18,7 +18,7 @@ use crate::pg::walk::{
     self, expression_tree_mutator, expression_tree_walker, guarded, query_tree_mutator,
     query_tree_walker,
 };
-use crate::pg::{identity, reference, scan, shape, version, withhold};
+use crate::pg::{exposure, identity, reference, scan, shape, version, withhold};
 use pgrx::pg_guard;
 use pgrx::pg_sys::{self, NodeTag as T, Oid};
 use std::ffi::{CStr, c_char, c_int, c_void};
@@ -30,6 +30,8 @@ use warden_core::reference::Reference;
 const NOTE_FLAGS: c_int = -1;
 /// `cacheId` of the notes of the shape's key: its lower and its upper half.
 const NOTE_SHAPE: [c_int; 2] = [-2, -3];
+/// `cacheId` of a relation that the plan depends on, on its way there.
+const NOTE_RELATION: c_int = -4;
 /// `cacheId` of the note of a mask is this less the column's number; a second item, one
 /// [`NOTE_FUNCTION`] lower, has the function.
 const NOTE_COLUMN: c_int = -10_000;
@@ -65,6 +67,15 @@ pub struct Rewritten {
     by_role: bool,
     /// The query is a foreign key's own: it reads what is stored, for everyone.
     integrity: bool,
+    /// Functions of triggers, and the relations that have them: the plan is made again when they change.
+    triggers: Vec<(Oid, Oid)>,
+}
+
+impl Rewritten {
+    /// The plan depends on a trigger's function, and on the triggers of a relation.
+    pub fn depend_on(&mut self, function: Oid, relation: Oid) {
+        self.triggers.push((function, relation));
+    }
 }
 
 struct Walk {
@@ -83,13 +94,27 @@ pub unsafe fn mask_query(
     source: *const c_char,
 ) -> Result<Rewritten, Refusal> {
     // SAFETY: a valid query and its text.
-    if unsafe { is_integrity_check(parse, source) } {
-        return Ok(Rewritten {
-            integrity: true,
-            ..Rewritten::default()
-        });
-    }
+    let integrity = unsafe { is_integrity_check(parse, source) };
     let masks = policy::masks();
+    if integrity {
+        let mut out = Rewritten {
+            integrity,
+            ..Rewritten::default()
+        };
+        // What a cascade changes fires triggers as well.
+        // SAFETY: a valid query.
+        unsafe {
+            let rti = (*parse).resultRelation;
+            if rti != 0 {
+                let target = pg_sys::list_nth((*parse).rtable, rti - 1);
+                let relation = (*target.cast::<pg_sys::RangeTblEntry>()).relid;
+                if masks.of(relation).is_some() {
+                    exposure::check_target(parse, relation, &masks, &mut out)?;
+                }
+            }
+        }
+        return Ok(out);
+    }
     if masks.is_empty() {
         return Ok(Rewritten::default());
     }
@@ -192,6 +217,11 @@ unsafe fn walk_query(q: *mut pg_sys::Query, w: &mut Walk) {
                 continue;
             };
             w.out.by_role = true;
+            if rti == (*q).resultRelation as u32
+                && let Err(refusal) = exposure::check_target(q, (*rte).relid, &w.masks, &mut w.out)
+            {
+                w.refusal = Some(refusal);
+            }
             if !w.apply {
                 continue;
             }
@@ -873,7 +903,10 @@ unsafe fn policy_conditions(
 }
 
 /// The masked columns of a relation, and the generated ones that are made from them, which tell as much.
-unsafe fn sensitive(rel: pg_sys::Relation, masks: &RelMasks) -> RelMasks {
+///
+/// # Safety
+/// `rel` is open.
+pub unsafe fn sensitive(rel: pg_sys::Relation, masks: &RelMasks) -> RelMasks {
     let mut found = masks.clone();
     // SAFETY: an open relation; expressions of generated columns speak of it as number 1.
     unsafe {
@@ -1323,6 +1356,14 @@ pub unsafe fn notes(r: &Rewritten, labels: &[&'static str]) -> *mut pg_sys::List
             list = add_note(list, column, a.relation.to_u32());
             list = add_note(list, NOTE_FUNCTION, a.function.to_u32());
         }
+        for (function, relation) in &r.triggers {
+            let functions = pg_sys::SysCacheIdentifier::PROCOID as c_int;
+            let none = pg_sys::Datum::from(0);
+            let function = pg_sys::Datum::from(*function);
+            let hash = pg_sys::GetSysCacheHashValue(functions, function, none, none, none);
+            list = add_note(list, functions, hash);
+            list = add_note(list, NOTE_RELATION, relation.to_u32());
+        }
     }
     list
 }
@@ -1346,6 +1387,12 @@ pub unsafe fn annotate(stmt: *mut pg_sys::PlannedStmt, notes: *mut pg_sys::List)
     unsafe {
         let by_role = pointers::<pg_sys::PlanInvalItem>(notes)
             .any(|i| (*i).cacheId == NOTE_FLAGS && (*i).hashValue & FLAG_ROLE != 0);
+        for note in pointers::<pg_sys::PlanInvalItem>(notes) {
+            if (*note).cacheId == NOTE_RELATION {
+                let relation = Oid::from((*note).hashValue);
+                (*stmt).relationOids = pg_sys::lappend_oid((*stmt).relationOids, relation);
+            }
+        }
         (*stmt).invalItems = pg_sys::list_concat((*stmt).invalItems, notes);
         if by_role || inlines_masked(stmt) {
             // Who may read differs by role: another role, another plan.

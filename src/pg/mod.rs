@@ -8,6 +8,7 @@ pub mod connections;
 pub mod databases;
 pub mod drops;
 pub mod exclusions;
+pub mod exposure;
 pub mod flush;
 pub mod functions;
 pub mod hooks;

@@ -277,7 +277,8 @@ pub fn last_masks() -> Option<Rc<Masks>> {
     with(|s| s.masks.clone().or_else(|| s.former.clone()))
 }
 
-fn with_children(relation: pg_sys::Oid) -> Vec<pg_sys::Oid> {
+/// A relation and what inherits from it.
+pub fn with_children(relation: pg_sys::Oid) -> Vec<pg_sys::Oid> {
     // SAFETY: a catalog scan in a transaction, without locks: what is gone is not found by name.
     unsafe {
         let list = pg_sys::ffi::pg_guard_ffi_boundary(|| {
@@ -349,6 +350,26 @@ impl Masks {
                 }
             })
         }
+    }
+
+    /// Whether code of this role may see stored rows, whoever runs it: a superuser's, who could look at
+    /// the files, or an exempt role's.
+    pub fn trusts(&self, owner: pg_sys::Oid) -> bool {
+        // SAFETY: catalog look-ups in a transaction.
+        unsafe {
+            pg_sys::superuser_arg(owner)
+                || self
+                    .exempt
+                    .iter()
+                    .any(|role| pg_sys::has_privs_of_role(owner, pg_sys::Oid::from(*role)))
+        }
+    }
+
+    /// The masks that a relation has by itself.
+    pub fn own(&self, relation: pg_sys::Oid) -> &[(i16, pg_sys::Oid)] {
+        self.by_relation
+            .get(&relation.to_u32())
+            .map_or(&[], Vec::as_slice)
     }
 
     /// Whether the current identity is under masks.

@@ -456,6 +456,18 @@ unsafe fn resolve(r: *mut pg_sys::RangeVar, kind: AccessKind) -> Target {
     }
 }
 
+/// The relation that a name stands for; InvalidOid if there is none.
+///
+/// # Safety
+/// A valid RangeVar or null, in a transaction.
+pub unsafe fn relation_of(r: *mut pg_sys::RangeVar) -> pg_sys::Oid {
+    if r.is_null() {
+        return pg_sys::InvalidOid;
+    }
+    // SAFETY: see above.
+    pg_sys::Oid::from(unsafe { resolve(r, AccessKind::Ddl) }.oid)
+}
+
 unsafe fn dropped(s: *mut pg_sys::DropStmt, targets: &mut Vec<Target>) {
     use pg_sys::ObjectType as O;
     // SAFETY: for these kinds of objects, each element is a list of name parts.

@@ -48,6 +48,10 @@ impl Row {
         self.value(column)
     }
 
+    pub fn i16(&self, column: &str) -> Option<i16> {
+        self.value(column)
+    }
+
     pub fn i32(&self, column: &str) -> Option<i32> {
         self.value(column)
     }

@@ -106,6 +106,8 @@ pub struct Shared {
     pub home: AtomicU32,
     /// Process id of the launcher; 0 before it has started, and negative once it has ended.
     pub launcher: AtomicI32,
+    /// `warden.on_journal_full` as the launcher has read it, a byte a class.
+    pub on_full: AtomicU32,
     /// What exclusions leave out.
     pub left_out: LeftOut,
     /// How much of the journal is on disk.

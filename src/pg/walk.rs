@@ -27,6 +27,12 @@ unsafe extern "C-unwind" {
         context: *mut c_void,
         flags: c_int,
     ) -> bool;
+    #[cfg_attr(not(feature = "pg15"), link_name = "raw_expression_tree_walker_impl")]
+    pub fn raw_expression_tree_walker(
+        node: *mut pg_sys::Node,
+        walker: Option<Walker>,
+        context: *mut c_void,
+    ) -> bool;
     #[cfg_attr(not(feature = "pg15"), link_name = "expression_tree_mutator_impl")]
     pub fn expression_tree_mutator(
         node: *mut pg_sys::Node,

@@ -94,7 +94,19 @@ pub fn publish_consumed(database: pg_sys::Oid, pos: u64) {
 
 /// Waits for a latch or a time, and obeys what has been asked meanwhile.
 pub fn wait(timeout_ms: i64) {
-    // SAFETY: a worker has a latch; CHECK_FOR_INTERRUPTS is allowed here.
+    wait_for_latch(timeout_ms);
+    obey();
+}
+
+/// Waits in a client's backend, interruptible by cancel, timeout and shutdown. Settings are left as they
+/// are: a statement is running, and PostgreSQL reads its configuration between commands only.
+pub fn wait_in_backend(timeout_ms: i64) {
+    wait_for_latch(timeout_ms);
+    pgrx::check_for_interrupts!();
+}
+
+fn wait_for_latch(timeout_ms: i64) {
+    // SAFETY: the process has a latch.
     unsafe {
         pg_sys::WaitLatch(
             pg_sys::MyLatch,
@@ -104,12 +116,6 @@ pub fn wait(timeout_ms: i64) {
         );
         pg_sys::ResetLatch(pg_sys::MyLatch);
     }
-    obey();
-}
-
-/// Waits in a client's backend, interruptible by cancel, timeout and shutdown.
-pub fn wait_in_backend(timeout_ms: i64) {
-    wait(timeout_ms);
 }
 
 /// Ends or reloads, if that has been asked for.

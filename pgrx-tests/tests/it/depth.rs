@@ -5,8 +5,10 @@ use warden_tests::{Client, Cluster, Config, Mode, Result};
 const TABLE: &str = "CREATE TABLE customer (id int PRIMARY KEY, email text);
                      INSERT INTO customer VALUES (1, 'secret@example.com')";
 
-/// Statements of any depth.
-const KINDS: &[(&str, fn(usize) -> String)] = &[
+/// Makes a statement of any depth.
+type Statement = fn(usize) -> String;
+
+const KINDS: &[(&str, Statement)] = &[
     ("a sum", |n| {
         format!("SELECT id{} FROM customer", " + 1".repeat(n))
     }),
@@ -39,9 +41,9 @@ const KINDS: &[(&str, fn(usize) -> String)] = &[
 ];
 
 /// The greatest depth, up to some ten thousand, that a server takes.
-async fn deepest(client: &Client, statement: fn(usize) -> String) -> Result<usize> {
+async fn deepest(client: &Client, statement: Statement) -> Result<usize> {
     let (mut good, mut bad) = (1, 16_384);
-    while bad - good > 1 + good / 50 {
+    while bad - good > 1 + good / 20 {
         let n = (good + bad) / 2;
         match client.run(&statement(n)).await {
             Ok(()) => good = n,

@@ -483,6 +483,35 @@ async fn with_block_statements_wait_for_room_and_can_be_cancelled() -> Result {
 }
 
 #[tokio::test]
+async fn another_setting_ends_the_wait_and_changes_nothing_else_in_a_statement() -> Result {
+    let (mut cluster, app, recorder) = full("block").await?;
+    drop(app);
+    let patient = cluster.connect("app", "postgres").await?;
+    let waiting = tokio::spawn(async move {
+        let sql = "INSERT INTO t SELECT pg_size_bytes(current_setting('work_mem')) / 1024";
+        (patient.run(sql).await, patient)
+    });
+    // A command that has been read is not interrupted for its settings.
+    cluster
+        .wait_until("the statement has begun", async || {
+            Ok(cluster.titles()?.iter().any(|t| t.contains("INSERT")))
+        })
+        .await?;
+    let gap = "warden.on_journal_full = 'error, write=gap'\nwork_mem = '8MB'";
+    cluster.configure(Config::new(Mode::Preloaded).line(gap))?;
+    cluster.reload()?;
+    let (ended, patient) = waiting.await?;
+    ended?;
+    assert!(lost(&cluster, recorder).await? >= 1);
+    assert_eq!(patient.column("SELECT n FROM t").await?, ["4096"]);
+    assert_eq!(
+        patient.value("SELECT current_setting('work_mem')").await?,
+        "8MB"
+    );
+    Ok(())
+}
+
+#[tokio::test]
 async fn statements_that_wait_for_room_do_not_hang_a_shutdown() -> Result {
     let (mut cluster, app, recorder) = full("block").await?;
     let waiting = tokio::spawn(async move { app.run("INSERT INTO t VALUES (1)").await });

@@ -17,6 +17,7 @@ mod journal;
 mod lifecycle;
 mod masking;
 mod masking_attacks;
+mod masking_code;
 mod parameters;
 mod privileges;
 mod readme;
