@@ -9,8 +9,8 @@ use crate::pg::raise::{self, Raised};
 use crate::pg::record::{self, Begun};
 use crate::pg::shape::{self, statement_text};
 use crate::pg::{
-    chain, classes, databases, exclusions, identity, local::Local, mask, parallel, parameters,
-    policy, rules, transaction, worker,
+    chain, classes, databases, exclusions, failures, fastpath, identity, local::Local, mask,
+    parallel, parameters, policy, rules, transaction, worker,
 };
 use pgrx::{pg_guard, pg_sys};
 use std::ffi::{c_char, c_int, c_void};
@@ -81,7 +81,7 @@ static CALLBACKS: Local<bool> = Local::new(false);
 /// Those of foreign keys are not either, but only the planner hook can tell them from statements of
 /// users' triggers that a cascade fires: see [`mask::plans_integrity_check`].
 #[inline]
-fn passes() -> bool {
+pub fn passes() -> bool {
     // SAFETY: reads a variable of this process.
     worker::in_worker() || unsafe { pg_sys::ParallelWorkerNumber >= 0 }
 }
@@ -248,7 +248,7 @@ unsafe extern "C-unwind" fn before_start(
 }
 
 /// An expired token lets nothing through but a new one.
-fn check_identity(renews: impl FnOnce() -> bool) -> Result<(), Refusal> {
+pub fn check_identity(renews: impl FnOnce() -> bool) -> Result<(), Refusal> {
     if record::nested() || !identity::expired(record::now) || renews() {
         return Ok(());
     }
@@ -536,7 +536,8 @@ unsafe extern "C-unwind" fn after_utility(d: *const Decided, qc: *mut pg_sys::Qu
 
 // ----------------------------------------------------------------------------------- transactions
 
-fn register_callbacks() {
+/// Asks to be told of the ends of transactions.
+pub fn register_callbacks() {
     if CALLBACKS.get() {
         return;
     }
@@ -557,6 +558,8 @@ unsafe extern "C-unwind" fn on_subtransaction(
     _arg: *mut c_void,
 ) {
     if event == pg_sys::SubXactEvent::SUBXACT_EVENT_ABORT_SUB {
+        fastpath::subtransaction_rolled_back();
+        failures::subtransaction_rolled_back();
         transaction::subtransaction_rolled_back(subtransaction);
     }
 }
@@ -587,17 +590,16 @@ unsafe extern "C-unwind" fn transaction_event(
             }
         }
         E::XACT_EVENT_COMMIT => {
+            fastpath::transaction_ended(true);
             transaction::ended(Fate::Committed);
             databases::transaction_ended(true);
         }
         E::XACT_EVENT_PREPARE => transaction::ended(Fate::Prepared),
         E::XACT_EVENT_ABORT => {
+            fastpath::transaction_ended(false);
             transaction::ended(Fate::RolledBack);
             databases::transaction_ended(false);
-            // SAFETY: reads variables of this process; see `failing_statement`.
-            if let Some(sql) = unsafe { failing_statement() } {
-                record::on_abort(chain::caught_sqlstate(), sql);
-            }
+            failures::transaction_rolled_back();
         }
         _ => {}
     }
@@ -618,21 +620,5 @@ unsafe extern "C-unwind" fn on_release(
         record::after_commit();
     } else {
         record::after_abort();
-    }
-}
-
-/// The text of the client's statement that has just failed. PostgreSQL forgets its query string
-/// before it aborts the transaction of a failed one, and only then: a ROLLBACK still has it.
-unsafe fn failing_statement<'a>() -> Option<&'a [u8]> {
-    // SAFETY: reads variables of this process; the activity string is NUL-terminated.
-    unsafe {
-        let failing = pg_sys::MyBackendType == pg_sys::BackendType::B_BACKEND
-            && pg_sys::debug_query_string.is_null()
-            && !pg_sys::proc_exit_inprogress
-            && !passes();
-        if !failing || pg_sys::MyBEEntry.is_null() {
-            return None;
-        }
-        Some(statement_text((*pg_sys::MyBEEntry).st_activity_raw, 0, 0))
     }
 }

@@ -6,6 +6,8 @@ pub mod compat;
 pub mod connections;
 pub mod databases;
 pub mod exclusions;
+pub mod failures;
+pub mod fastpath;
 pub mod flush;
 pub mod functions;
 pub mod hooks;

@@ -8,7 +8,9 @@ use crate::error::{Refusal, RefusalCode};
 use crate::pg::local::Local;
 use crate::pg::raise::unpack_sqlstate;
 use crate::pg::shared::shared;
-use crate::pg::{classes, flush, journal, policy, session, shape, transaction, worker};
+use crate::pg::{
+    classes, connections, flush, journal, policy, session, shape, transaction, worker,
+};
 use pgrx::pg_sys;
 use std::ffi::c_int;
 use std::sync::atomic::Ordering;
@@ -535,29 +537,47 @@ fn register_exit() {
     }
 }
 
-/// The backend ends, normally or by FATAL: what has begun is interrupted.
+/// The backend ends, normally or by FATAL: what has begun is interrupted, and its transaction aborts
+/// after this.
 #[pgrx::pg_guard]
 unsafe extern "C-unwind" fn on_exit(_code: c_int, _arg: pg_sys::Datum) {
-    let dest = STATE.with(|s| s.dest);
+    let dest = STATE.with(|s| {
+        s.executing.clear();
+        s.running.clear();
+        s.dest
+    });
     if dest != 0 {
-        let id = session::backend().to_le_bytes();
-        let _ = journal::append(FrameKind::SessionEnd, dest, &id, true);
+        let end = frame::SessionEnd {
+            backend: session::backend(),
+            sqlstate: connections::fatal_sqlstate(),
+        };
+        let _ = journal::append(FrameKind::SessionEnd, dest, &end.encode(), true);
     }
 }
 
-/// A transaction aborts. If nothing that failed has been recorded, the statement did not get as far
-/// as a hook: it could not be parsed, analysed or planned.
-pub fn on_abort(sqlstate: c_int, sql: &[u8]) {
-    let (recorded, dest) =
-        STATE.with(|s| (std::mem::replace(&mut s.failure_recorded, false), s.dest));
+/// Whether a failure has been recorded since this was last asked.
+pub fn take_failure() -> bool {
+    STATE.with(|s| std::mem::replace(&mut s.failure_recorded, false))
+}
+
+/// The client's statement has failed: nothing runs any more.
+pub fn stop_running() {
     STATE.with(|s| s.running.clear());
-    if recorded || dest == 0 {
+}
+
+/// Records a statement that failed before a hook saw it. Reads no catalog.
+pub fn unseen(utility: bool, sqlstate: c_int, shape: impl Fn(u32) -> Option<u64>) {
+    let dest = match STATE.with(|s| s.dest) {
+        0 => destination_unseen(),
+        known => known,
+    };
+    if dest == 0 {
         return;
     }
     register_exit();
     let at = now();
-    let shape = |d| shape::unparsed(d, sqlstate, sql);
-    match append_intent(dest, at, 0, 0, shape, |_| Vec::new()) {
+    let bits = if utility { flags::UTILITY } else { 0 };
+    match append_intent(dest, at, 0, bits, shape, |_| Vec::new()) {
         Some(intent) => end(
             Begun {
                 intent,
@@ -573,4 +593,19 @@ pub fn on_abort(sqlstate: c_int, sql: &[u8]) {
         None => count_unrecorded(dest),
     }
     STATE.with(|s| s.failure_recorded = false);
+}
+
+/// As [`destination`], for a session of which no statement has been seen, without catalogs.
+fn destination_unseen() -> u32 {
+    let sh = shared();
+    // SAFETY: plain getters.
+    unsafe {
+        if pg_sys::RecoveryInProgress() {
+            0
+        } else if sh.slot(pg_sys::MyDatabaseId).is_some() {
+            pg_sys::MyDatabaseId.to_u32()
+        } else {
+            sh.home.load(Ordering::Acquire)
+        }
+    }
 }

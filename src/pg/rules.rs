@@ -9,7 +9,7 @@ use crate::pg::compat::{self, pointers};
 use crate::pg::local::Local;
 use crate::pg::session::text;
 use crate::pg::shape::Target;
-use crate::pg::{identity, policy, scan};
+use crate::pg::{fastpath, identity, policy, scan};
 use pgrx::pg_sys::{self, NodeTag as T};
 use std::ffi::{CStr, c_int};
 use std::rc::Rc;
@@ -514,6 +514,22 @@ pub fn check_utility(u: &Utility) -> Result<(), Refusal> {
     if relations.is_empty() && matches!(u.command.as_str(), "DROP TABLE" | "TRUNCATE TABLE") {
         return Ok(());
     }
+    decide(&rules, &Facts { labels, relations })
+}
+
+/// Whether a function call message may run. Its arguments are not known: what can change any setting
+/// counts as changing the one that a rule speaks of.
+pub fn check_call(function: &str) -> Result<(), Refusal> {
+    let rules = rules();
+    let mut labels = vec![fastpath::COMMAND];
+    if function == "pg_catalog.set_config" {
+        labels.insert(0, label::DISABLE_TRIGGER);
+    }
+    labels.retain(|l| rules.mention(l));
+    if labels.is_empty() {
+        return Ok(());
+    }
+    let relations = Vec::new();
     decide(&rules, &Facts { labels, relations })
 }
 

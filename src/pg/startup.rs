@@ -1,6 +1,6 @@
 //! What happens when the library is loaded: settings, hooks, shared memory, launcher.
 
-use crate::pg::{connections, flush, hooks, journal, launcher, mask, shared};
+use crate::pg::{connections, fastpath, flush, hooks, journal, launcher, mask, shared};
 use crate::settings;
 use pgrx::{pg_guard, pg_sys};
 
@@ -21,6 +21,7 @@ pub fn init() {
     }
     hooks::install();
     connections::install();
+    fastpath::install();
     mask::install();
     launcher::register();
 }

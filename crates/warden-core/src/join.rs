@@ -17,7 +17,9 @@ use crate::event::{
     Event, EventKind, ExecutionFacts, GapFacts, Outcome, SessionFacts, ShapeFacts,
     TransactionFacts, flags,
 };
-use crate::frame::{self, Fate, FrameKind, GapReason, Header, Intent, Transaction, u64le};
+use crate::frame::{
+    self, Fate, FrameKind, GapReason, Header, Intent, SessionEnd, Transaction, u64le,
+};
 use crate::ledger::{Chain, Hash};
 use crate::parameter;
 use crate::tlv::Reader;
@@ -397,7 +399,7 @@ impl Joiner {
     /// Ends every open intent as interrupted: nothing can bring its outcome any more. What became of
     /// open transactions, the server knows.
     pub fn interrupt_all(&mut self, directory: &mut impl Directory) {
-        self.interrupt(|_| true, directory);
+        self.interrupt(|_| true, "", directory);
         let mut xids: Vec<u64> = self.unsettled.keys().copied().collect();
         xids.extend(self.waiting.keys());
         self.ask(xids, directory);
@@ -625,7 +627,12 @@ impl Joiner {
         }
     }
 
-    fn interrupt(&mut self, which: impl Fn(&Intent) -> bool, directory: &mut impl Directory) {
+    fn interrupt(
+        &mut self,
+        which: impl Fn(&Intent) -> bool,
+        sqlstate: &str,
+        directory: &mut impl Directory,
+    ) {
         let positions: Vec<u64> = self
             .open
             .iter()
@@ -645,7 +652,7 @@ impl Joiner {
         };
         for pos in positions {
             if let Some(open) = self.open.remove(&pos) {
-                self.execution(pos, open, &interrupted, String::new(), directory);
+                self.execution(pos, open, &interrupted, sqlstate.to_owned(), directory);
             }
         }
     }
@@ -705,10 +712,13 @@ impl Joiner {
     }
 
     fn session_end(&mut self, payload: &[u8], directory: &mut impl Directory) -> bool {
-        let Some(backend) = u64le(payload, 0) else {
+        let Some(end) = SessionEnd::decode(payload) else {
             return false;
         };
-        self.interrupt(|i| i.backend == backend, directory);
+        let Some(sqlstate) = sqlstate(end.sqlstate) else {
+            return false;
+        };
+        self.interrupt(|i| i.backend == end.backend, &sqlstate, directory);
         true
     }
 

@@ -8,6 +8,7 @@ mod durability;
 mod errors;
 mod exactly_once;
 mod exclusions;
+mod fastpath;
 mod guardrails;
 mod identity;
 mod identity_attacks;
