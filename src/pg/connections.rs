@@ -10,7 +10,7 @@ use crate::pg::raise::unpack_sqlstate;
 use crate::pg::record::{count_unrecorded, now};
 use crate::pg::session::{self, text};
 use crate::pg::shared::{self, shared};
-use crate::pg::{failures, journal, port, refusals};
+use crate::pg::{failures, hooks, journal, port, refusals};
 use crate::settings;
 use pgrx::pg_sys;
 use std::ffi::{c_int, c_void};
@@ -117,6 +117,8 @@ unsafe fn watch() {
     unsafe {
         pg_sys::RegisterXactCallback(Some(on_transaction), std::ptr::null_mut());
         pg_sys::before_shmem_exit(Some(on_exit), pg_sys::Datum::from(0));
+        // A session's first statement may fail before any hook sees it.
+        hooks::register_callbacks();
     }
 }
 

@@ -6,8 +6,9 @@
 //! hold locks until then.
 
 use crate::pg::local::Local;
+use crate::pg::raise::unpack_sqlstate;
 use crate::pg::shape::{self, statement_text};
-use crate::pg::{chain, fastpath, hooks, record};
+use crate::pg::{chain, fastpath, hooks, record, transaction};
 use pgrx::pg_sys;
 use std::ffi::c_int;
 
@@ -46,6 +47,7 @@ pub fn reported(error: &pg_sys::ErrorData) {
     let sqlstate = error.sqlerrcode;
     let call = fastpath::answered();
     fastpath::failed(sqlstate);
+    transaction::failed(sqlstate);
     let failure = if record::take_failure() {
         Failure::Recorded
     } else {
@@ -96,8 +98,15 @@ impl Failure {
         };
         match what {
             What::Text(sql) => {
+                // Constraints and conflicts are found by statements that run, which hooks have seen, and by
+                // the commit after the last of them.
+                let class = &unpack_sqlstate(sqlstate)[..2];
+                let command = match class {
+                    b"23" | b"40" => "COMMIT",
+                    _ => "UNKNOWN",
+                };
                 record::unseen(false, sqlstate, |dest| {
-                    shape::unparsed(dest, sqlstate, &sql)
+                    shape::unparsed(dest, command, sqlstate, &sql)
                 });
             }
             What::Call(name) => record::unseen(true, sqlstate, |dest| {

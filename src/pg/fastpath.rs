@@ -206,9 +206,9 @@ pub fn transaction_ended(committed: bool) {
     }
     if committed {
         settle(Outcome::Succeeded, None);
-    // SAFETY: reads a variable of this process. Then there is no error to look at.
+    // SAFETY: reads a variable of this process. Then it is interrupted with its session.
     } else if unsafe { pg_sys::proc_exit_inprogress } {
-        settle(Outcome::Interrupted, None);
+        RUNNING.set(None);
     } else {
         settle(Outcome::Failed, Some(chain::caught_sqlstate()));
     }

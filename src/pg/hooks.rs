@@ -203,12 +203,14 @@ unsafe extern "C-unwind" fn before_start(
     // SAFETY: a valid query; `refused` is the trampoline's.
     unsafe {
         let stmt = (*query).plannedstmt;
-        if mask::plans_integrity_check(stmt) {
+        let integrity = mask::plans_integrity_check(stmt);
+        // What foreign keys check is not recorded; what they change is.
+        if integrity && (*stmt).commandType == pg_sys::CmdType::CMD_SELECT {
             return false;
         }
         let sql = || statement_text((*query).sourceText, (*stmt).stmt_location, (*stmt).stmt_len);
         let notes = mask::read_notes(stmt);
-        let decision = if policy::installed() {
+        let decision = if policy::installed() && !integrity {
             check_identity(|| mask::calls_only_identity_functions(stmt))
                 .and_then(|()| rules::check_planned(stmt, &notes.labels))
         } else {
@@ -221,6 +223,7 @@ unsafe extern "C-unwind" fn before_start(
             return false;
         }
         let class = classes::of_planned(stmt);
+        let depth = enter_commit((*query).dest);
         let begun = record::begin(
             class,
             false,
@@ -228,6 +231,7 @@ unsafe extern "C-unwind" fn before_start(
             |dest| shape::planned(dest, stmt, notes.shape, sql),
             |shape| parameters::planned(shape, stmt, (*query).params, sql),
         );
+        record::leave_failed(depth);
         match (decision, begun) {
             (Ok(()), Ok(Begun::UNRECORDED)) => false,
             (Ok(()), Ok(begun)) => {
@@ -245,6 +249,24 @@ unsafe extern "C-unwind" fn before_start(
             }
         }
     }
+}
+
+/// A function that nothing runs is a deferred trigger's: COMMIT runs it, or the statement that
+/// commits by itself. Returns what [`record::leave_failed`] wants.
+unsafe fn enter_commit(dest: *mut pg_sys::DestReceiver) -> usize {
+    use pg_sys::CommandDest as D;
+    let depth = record::depth();
+    // SAFETY: reads a variable of this process; `dest` is valid or null.
+    unsafe {
+        if depth > 0
+            || dest.is_null()
+            || !matches!((*dest).mydest, D::DestSPI | D::DestSQLFunction)
+            || pg_sys::MyBackendType != pg_sys::BackendType::B_BACKEND
+        {
+            return depth;
+        }
+    }
+    record::enter(record::last())
 }
 
 /// An expired token lets nothing through but a new one.
@@ -306,18 +328,32 @@ unsafe fn rethrow(scrubbed: *mut pg_sys::ErrorData) -> ! {
     }
 }
 
-/// Runs `f` as part of `query`.
+/// The rows that a failed run had sent: the client has them.
+unsafe fn add_rows_shown(query: *mut pg_sys::QueryDesc) {
+    // SAFETY: a query that was running.
+    unsafe {
+        let stmt = (*query).plannedstmt;
+        if (*stmt).commandType == pg_sys::CmdType::CMD_SELECT || (*stmt).hasReturning {
+            record::add_rows(query, (*(*query).estate).es_processed);
+        }
+    }
+}
+
+/// Runs `f` as part of `query`; `shows` if it sends rows.
 ///
 /// # Safety
 /// As [`chain::call`]; the caller has nothing with a destructor alive.
 #[inline]
-unsafe fn run_inside(query: *mut pg_sys::QueryDesc, f: impl FnOnce()) {
+unsafe fn run_inside(query: *mut pg_sys::QueryDesc, shows: bool, f: impl FnOnce()) {
     let depth = record::enter(record::intent_of(query));
     // SAFETY: the closure calls on, and no more.
     let failed = unsafe { chain::call(f) };
     if failed {
         // SAFETY: an error has been caught.
         unsafe {
+            if shows {
+                add_rows_shown(query);
+            }
             let scrubbed = failed_query(query);
             record::leave_failed(depth);
             rethrow(scrubbed);
@@ -335,7 +371,7 @@ unsafe extern "C-unwind" fn executor_run(
 ) {
     // SAFETY: as in `planner`.
     unsafe {
-        run_inside(query, || match PREV_RUN {
+        run_inside(query, true, || match PREV_RUN {
             Some(prev) => prev(query, direction, count, once),
             None => standard_ExecutorRun(query, direction, count, once),
         });
@@ -351,7 +387,7 @@ unsafe extern "C-unwind" fn executor_run(
 ) {
     // SAFETY: as in `planner`.
     unsafe {
-        run_inside(query, || match PREV_RUN {
+        run_inside(query, true, || match PREV_RUN {
             Some(prev) => prev(query, direction, count),
             None => standard_ExecutorRun(query, direction, count),
         });
@@ -362,7 +398,7 @@ unsafe extern "C-unwind" fn executor_run(
 unsafe extern "C-unwind" fn executor_finish(query: *mut pg_sys::QueryDesc) {
     // SAFETY: as in `planner`.
     unsafe {
-        run_inside(query, || match PREV_FINISH {
+        run_inside(query, false, || match PREV_FINISH {
             Some(prev) => prev(query),
             None => standard_ExecutorFinish(query),
         });
@@ -418,7 +454,7 @@ unsafe extern "C-unwind" fn process_utility(
             ours: false,
             paused: false,
         };
-        before_utility(source, &mut d);
+        before_utility(source, dest, &mut d);
         if let Some(refused) = d.refused {
             raise::raise(refused);
         }
@@ -443,7 +479,11 @@ unsafe extern "C-unwind" fn process_utility(
 }
 
 #[pg_guard]
-unsafe extern "C-unwind" fn before_utility(source: *const c_char, d: *mut Decided) {
+unsafe extern "C-unwind" fn before_utility(
+    source: *const c_char,
+    dest: *mut pg_sys::DestReceiver,
+    d: *mut Decided,
+) {
     if passes() {
         return;
     }
@@ -471,13 +511,16 @@ unsafe extern "C-unwind" fn before_utility(source: *const c_char, d: *mut Decide
         let begun = if left_out {
             Ok(Begun::LEFT_OUT)
         } else {
-            record::begin(
+            let depth = enter_commit(dest);
+            let begun = record::begin(
                 classes::of_utility(node),
                 true,
                 false,
                 |dest| shape::utility(dest, &utility.command, sql, &utility.targets),
                 |shape| parameters::utility(shape, &utility.command, sql),
-            )
+            );
+            record::leave_failed(depth);
+            begun
         };
         match (decision, begun) {
             (Err(refusal), begun) => {
@@ -523,7 +566,11 @@ unsafe extern "C-unwind" fn after_utility(d: *const Decided, qc: *mut pg_sys::Qu
     unsafe {
         let counted = !qc.is_null() && pg_sys::command_tag_display_rowcount((*qc).commandTag);
         let rows = if counted { (*qc).nprocessed as i64 } else { -1 };
-        record::end((*d).begun, Outcome::Succeeded, None, rows, "");
+        if rules::commits((*(*d).stmt).utilityStmt) && pg_sys::IsTransactionState() {
+            transaction::ends_by((*d).begun);
+        } else {
+            record::end((*d).begun, Outcome::Succeeded, None, rows, "");
+        }
         if rules::discards_all((*(*d).stmt).utilityStmt) {
             // A pooler hands the connection on: not with the identity of the one before.
             identity::clear();

@@ -6,7 +6,7 @@
 
 use crate::error::{Refusal, RefusalCode};
 use crate::pg::local::Local;
-use crate::pg::raise::unpack_sqlstate;
+use crate::pg::raise::{pack_sqlstate, unpack_sqlstate};
 use crate::pg::shared::shared;
 use crate::pg::{
     classes, connections, flush, journal, policy, session, shape, transaction, worker,
@@ -56,6 +56,8 @@ struct State {
     dest: u32,
     executing: Vec<Executor>,
     running: Vec<u64>,
+    /// The intent of the last statement that nothing ran.
+    last: u64,
     exit_registered: bool,
     /// A failure of the current statement has been recorded.
     failure_recorded: bool,
@@ -66,6 +68,7 @@ static STATE: Local<State> = Local::new(State {
     dest: 0,
     executing: Vec::new(),
     running: Vec::new(),
+    last: 0,
     exit_registered: false,
     failure_recorded: false,
 });
@@ -180,6 +183,9 @@ pub fn begin(
     let at = now();
     loop {
         if let Some(intent) = append_intent(dest, at, parent, bits, &shape, &values) {
+            if parent == 0 {
+                STATE.with(|s| s.last = intent);
+            }
             let begun = Begun {
                 intent,
                 dest,
@@ -392,6 +398,14 @@ fn report_gap(dest: u32) {
 
 /// Records how a statement ended.
 pub fn end(begun: Begun, outcome: Ended, sqlstate: Option<c_int>, rows: i64, rule: &str) {
+    end_late(begun, outcome, sqlstate, rows, rule);
+    if begun.intent != 0 {
+        note_due(begun.class);
+    }
+}
+
+/// As [`end`], where it is too late to wait for the disk.
+pub fn end_late(begun: Begun, outcome: Ended, sqlstate: Option<c_int>, rows: i64, rule: &str) {
     if outcome != Ended::Succeeded && begun != Begun::LEFT_OUT {
         STATE.with(|s| s.failure_recorded = true);
     }
@@ -429,12 +443,11 @@ pub fn end(begun: Begun, outcome: Ended, sqlstate: Option<c_int>, rows: i64, rul
         // Even the reserve is gone. The recorder will call it interrupted.
         count_unrecorded(begun.dest);
     }
-    note_due(begun.class);
 }
 
 /// Records a statement that was refused.
 pub fn blocked(begun: Begun, refusal: &Refusal) {
-    let sqlstate = crate::pg::raise::pack_sqlstate(refusal.code.sqlstate());
+    let sqlstate = pack_sqlstate(refusal.code.sqlstate());
     end(begun, Ended::Blocked, Some(sqlstate), -1, &refusal.rule);
 }
 
@@ -515,6 +528,11 @@ pub fn leave_failed(depth: usize) {
     STATE.with(|s| s.running.truncate(depth));
 }
 
+/// The intent of the last statement that nothing ran.
+pub fn last() -> u64 {
+    STATE.with(|s| s.last)
+}
+
 /// How many statements run inside each other.
 #[inline]
 pub fn depth() -> usize {
@@ -541,15 +559,27 @@ fn register_exit() {
 /// after this.
 #[pgrx::pg_guard]
 unsafe extern "C-unwind" fn on_exit(_code: c_int, _arg: pg_sys::Datum) {
-    let dest = STATE.with(|s| {
-        s.executing.clear();
-        s.running.clear();
-        s.dest
+    let sqlstate = connections::fatal_sqlstate();
+    let (dest, executing, running) = STATE.with(|s| {
+        (
+            s.dest,
+            std::mem::take(&mut s.executing),
+            std::mem::take(&mut s.running),
+        )
     });
+    for e in executing {
+        let mut rows = e.rows;
+        if running.contains(&e.begun.intent) {
+            // SAFETY: it runs, so its state is there: nothing has been cleaned up yet.
+            rows += unsafe { (*(*e.query).estate).es_processed } as i64;
+        }
+        let sqlstate = (sqlstate != [0; 5]).then(|| pack_sqlstate(&sqlstate));
+        end_late(e.begun, Ended::Interrupted, sqlstate, rows, "");
+    }
     if dest != 0 {
         let end = frame::SessionEnd {
             backend: session::backend(),
-            sqlstate: connections::fatal_sqlstate(),
+            sqlstate,
         };
         let _ = journal::append(FrameKind::SessionEnd, dest, &end.encode(), true);
     }

@@ -251,6 +251,10 @@ pub unsafe fn examine(node: *mut pg_sys::Node) -> Utility {
                 u.targets.push(resolve((*s).relation, AccessKind::Ddl));
                 for c in pointers::<pg_sys::AlterTableCmd>((*s).cmds) {
                     u.labels.extend(disabling((*c).subtype));
+                    if !(*c).def.is_null() && (*(*c).def).type_ == T::T_PartitionCmd {
+                        let partition = (*(*c).def.cast::<pg_sys::PartitionCmd>()).name;
+                        u.targets.extend(relation_or_none(partition));
+                    }
                 }
             }
             T::T_CopyStmt => {
@@ -335,10 +339,87 @@ pub unsafe fn examine(node: *mut pg_sys::Node) -> Utility {
                     u.labels.push(OURS);
                 }
             }
-            _ => u.changes = false,
+            T::T_CreateTableAsStmt => {
+                let s = node.cast::<pg_sys::CreateTableAsStmt>();
+                u.targets.push(named((*(*s).into).rel, AccessKind::Ddl));
+            }
+            T::T_ViewStmt => {
+                let s = node.cast::<pg_sys::ViewStmt>();
+                u.targets.extend(relation_or_none((*s).view));
+            }
+            T::T_CreateForeignTableStmt => {
+                let s = node.cast::<pg_sys::CreateForeignTableStmt>();
+                u.targets.push(named((*s).base.relation, AccessKind::Ddl));
+            }
+            T::T_CreateSeqStmt => {
+                let s = node.cast::<pg_sys::CreateSeqStmt>();
+                u.targets.push(named((*s).sequence, AccessKind::Ddl));
+            }
+            T::T_AlterSeqStmt => {
+                let s = node.cast::<pg_sys::AlterSeqStmt>();
+                u.targets.extend(relation_or_none((*s).sequence));
+            }
+            _ => {
+                u.changes = false;
+                maintained(node, &mut u.targets);
+            }
         }
         u
     }
+}
+
+/// The relations of commands that change neither definitions nor rows.
+unsafe fn maintained(node: *mut pg_sys::Node, targets: &mut Vec<Target>) {
+    let kind = AccessKind::Maintain;
+    let mut add = |r: *mut pg_sys::RangeVar, kind| {
+        if !r.is_null() {
+            // SAFETY: a valid RangeVar, in a transaction.
+            targets.push(unsafe { resolve(r, kind) });
+        }
+    };
+    // SAFETY: each node is read as what its tag says it is.
+    unsafe {
+        match (*node).type_ {
+            T::T_VacuumStmt => {
+                let s = node.cast::<pg_sys::VacuumStmt>();
+                for r in pointers::<pg_sys::VacuumRelation>((*s).rels) {
+                    add((*r).relation, kind);
+                }
+            }
+            T::T_LockStmt => {
+                let s = node.cast::<pg_sys::LockStmt>();
+                for r in pointers::<pg_sys::RangeVar>((*s).relations) {
+                    add(r, kind);
+                }
+            }
+            T::T_ClusterStmt => add((*node.cast::<pg_sys::ClusterStmt>()).relation, kind),
+            T::T_ReindexStmt => add((*node.cast::<pg_sys::ReindexStmt>()).relation, kind),
+            T::T_RefreshMatViewStmt => {
+                add((*node.cast::<pg_sys::RefreshMatViewStmt>()).relation, kind);
+            }
+            T::T_CommentStmt => {
+                let s = node.cast::<pg_sys::CommentStmt>();
+                if names_relation((*s).objtype) {
+                    let name = (*s).object.cast();
+                    add(pg_sys::makeRangeVarFromNameList(name), AccessKind::Ddl);
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+fn names_relation(object: pg_sys::ObjectType::Type) -> bool {
+    use pg_sys::ObjectType as O;
+    matches!(
+        object,
+        O::OBJECT_TABLE
+            | O::OBJECT_VIEW
+            | O::OBJECT_MATVIEW
+            | O::OBJECT_FOREIGN_TABLE
+            | O::OBJECT_INDEX
+            | O::OBJECT_SEQUENCE
+    )
 }
 
 fn disabling(subtype: pg_sys::AlterTableType::Type) -> Option<&'static str> {
@@ -405,16 +486,7 @@ unsafe fn dropped(s: *mut pg_sys::DropStmt, targets: &mut Vec<Target>) {
             (*s).removeType,
             O::OBJECT_TRIGGER | O::OBJECT_RULE | O::OBJECT_POLICY
         );
-        let relation = matches!(
-            (*s).removeType,
-            O::OBJECT_TABLE
-                | O::OBJECT_VIEW
-                | O::OBJECT_MATVIEW
-                | O::OBJECT_FOREIGN_TABLE
-                | O::OBJECT_INDEX
-                | O::OBJECT_SEQUENCE
-        );
-        if !on_table && !relation {
+        if !on_table && !names_relation((*s).removeType) {
             return;
         }
         for name in pointers::<pg_sys::List>((*s).objects) {
@@ -619,6 +691,22 @@ pub unsafe fn is_about_us(node: *mut pg_sys::Node) -> bool {
 pub unsafe fn ends_transaction(node: *mut pg_sys::Node) -> bool {
     // SAFETY: a valid node.
     unsafe { (*node).type_ == T::T_TransactionStmt }
+}
+
+/// Whether a command ends a transaction with what it has done: COMMIT or PREPARE TRANSACTION.
+///
+/// # Safety
+/// `node` is a valid utility statement.
+pub unsafe fn commits(node: *mut pg_sys::Node) -> bool {
+    use pg_sys::TransactionStmtKind as K;
+    // SAFETY: read as what its tag says it is.
+    unsafe {
+        (*node).type_ == T::T_TransactionStmt
+            && matches!(
+                (*node.cast::<pg_sys::TransactionStmt>()).kind,
+                K::TRANS_STMT_COMMIT | K::TRANS_STMT_PREPARE
+            )
+    }
 }
 
 /// Whether a command is DISCARD ALL.

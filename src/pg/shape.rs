@@ -140,13 +140,13 @@ pub fn utility(dest: u32, command: &str, sql: &[u8], targets: &[Target]) -> Opti
 }
 
 /// The key of the shape of a text that did not get as far as a hook; `None` if the journal is full.
-pub fn unparsed(dest: u32, sqlstate: c_int, sql: &[u8]) -> Option<u64> {
+pub fn unparsed(dest: u32, command: &str, sqlstate: c_int, sql: &[u8]) -> Option<u64> {
     let names = if parameters::may_hold_anything(sqlstate, sql) {
         Names::Keywords(parameters::is_keyword)
     } else {
         Names::BeforeSetting(parameters::is_keyword)
     };
-    named(dest, "UNKNOWN", sql, &[], names)
+    named(dest, command, sql, &[], names)
 }
 
 fn named(dest: u32, command: &str, sql: &[u8], targets: &[Target], names: Names) -> Option<u64> {

@@ -322,6 +322,8 @@ pub enum AccessKind {
     Truncate = 5,
     /// The relation's definition changes.
     Ddl = 6,
+    /// The relation is looked after or locked: what privilege MAINTAIN is for.
+    Maintain = 7,
 }
 
 impl AccessKind {
@@ -335,6 +337,7 @@ impl AccessKind {
             4 => Self::Delete,
             5 => Self::Truncate,
             6 => Self::Ddl,
+            7 => Self::Maintain,
             _ => return None,
         })
     }

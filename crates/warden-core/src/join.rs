@@ -244,6 +244,8 @@ struct Unsettled {
 struct Waiting {
     /// Its place among all that wait.
     number: u64,
+    /// Position of its intent.
+    position: u64,
     subtransaction: u32,
     event: Event,
 }
@@ -472,10 +474,11 @@ impl Joiner {
         if self.open.contains_key(&pos) {
             return false;
         }
-        if intent.parent != 0
-            && let Some(parent) = self.open.get_mut(&intent.parent)
-        {
-            parent.referred = true;
+        if intent.parent != 0 {
+            match self.open.get_mut(&intent.parent) {
+                Some(parent) => parent.referred = true,
+                None => self.refer(intent.parent),
+            }
         }
         self.open.insert(
             pos,
@@ -487,6 +490,17 @@ impl Joiner {
             },
         );
         true
+    }
+
+    /// A statement has ended, and its commit runs another one.
+    fn refer(&mut self, pos: u64) {
+        let waiting = self.waiting.values_mut().flatten();
+        for w in waiting.filter(|w| w.position == pos) {
+            if let Ok(mut facts) = ExecutionFacts::decode(&w.event.payload) {
+                facts.position = pos;
+                w.event.payload = facts.encode();
+            }
+        }
     }
 
     fn outcome(&mut self, pos: u64, payload: &[u8], directory: &mut impl Directory) -> bool {
@@ -558,6 +572,7 @@ impl Joiner {
         self.waited += 1;
         self.waiting.entry(o.xid).or_default().push(Waiting {
             number: self.waited,
+            position: pos,
             subtransaction: o.subtransaction,
             event,
         });

@@ -2,6 +2,7 @@
 //! test a promise.
 
 mod capture;
+mod completeness;
 mod connections;
 mod databases;
 mod durability;
