@@ -72,7 +72,8 @@ CREATE TABLE warden.statement (
     relations jsonb NOT NULL,
     masked jsonb NOT NULL,
     full_length bigint,
-    digest bytea
+    digest bytea,
+    functions text[] NOT NULL
 );
 CREATE INDEX statement_key_idx ON warden.statement (key);
 COMMENT ON TABLE warden.statement IS 'Projection of statement events: what was asked, without literals';
@@ -84,6 +85,7 @@ COMMENT ON COLUMN warden.statement.relations IS 'Relations and columns, by kind 
 COMMENT ON COLUMN warden.statement.masked IS 'Columns that were masked, and by which function';
 COMMENT ON COLUMN warden.statement.full_length IS 'Bytes of the text before it was cut; NULL if it was not';
 COMMENT ON COLUMN warden.statement.digest IS 'SHA-256 of the whole text, if it was cut';
+COMMENT ON COLUMN warden.statement.functions IS 'Functions that it calls by name: users'', and those of PostgreSQL that reach files, large objects, settings, sessions or the server';
 
 CREATE TABLE warden.transaction (
     id bigint PRIMARY KEY,
@@ -195,6 +197,7 @@ SELECT e.seq,
        ARRAY(SELECT DISTINCT pg_catalog.concat_ws('.', NULLIF(a ->> 'schema', ''), a ->> 'relation')
              FROM pg_catalog.jsonb_array_elements(q.relations) a ORDER BY 1) AS relations,
        q.relations AS columns,
+       q.functions,
        NULLIF(e.rows, -1) AS rows,
        NULLIF(e.duration_us, -1) AS duration_us,
        NULLIF(e.duration_us, -1) * interval '1 microsecond' AS duration,
@@ -206,9 +209,10 @@ SELECT e.seq,
             WHEN d.xid IS NOT NULL THEN (
                 SELECT CASE
                     WHEN NOT t.committed THEN false
-                    WHEN EXISTS (
-                        SELECT FROM pg_catalog.generate_series(1, pg_catalog.cardinality(t.rolled_back), 2) i
-                        WHERE d.subtransaction BETWEEN t.rolled_back[i] AND t.rolled_back[i + 1]) THEN false
+                    -- Inside a range, one more has begun than has ended before.
+                    WHEN (SELECT pg_catalog.count(*)
+                          FROM pg_catalog.unnest(t.rolled_back) WITH ORDINALITY r (n, i)
+                          WHERE r.n < d.subtransaction OR r.n = d.subtransaction AND r.i % 2 = 1) % 2 = 1 THEN false
                     WHEN t.unknown_from <> 0 AND d.subtransaction >= t.unknown_from THEN NULL
                     ELSE true END
                 FROM warden.transaction t WHERE t.xid = d.xid ORDER BY t.id DESC LIMIT 1)
@@ -238,6 +242,7 @@ ORDER BY e.seq DESC;
 COMMENT ON VIEW warden.activity IS 'Who did what, when, from where, and what came of it: one row a statement, newest first';
 COMMENT ON COLUMN warden.activity.query IS 'Statement with $n in place of literals';
 COMMENT ON COLUMN warden.activity.columns IS 'Relations and columns, by kind of access';
+COMMENT ON COLUMN warden.activity.functions IS 'Functions that it calls by name: users'', and those of PostgreSQL that reach files, large objects, settings, sessions or the server';
 COMMENT ON COLUMN warden.activity.rule IS 'Guardrail or mask that decided';
 COMMENT ON COLUMN warden.activity.background IS 'A background worker ran it, and no client';
 COMMENT ON COLUMN warden.activity.parameters IS 'Values of the $n in query, as warden.record_parameters says';

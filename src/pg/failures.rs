@@ -110,7 +110,7 @@ impl Failure {
                 });
             }
             What::Call(name) => record::unseen(true, sqlstate, |dest| {
-                shape::utility(dest, fastpath::COMMAND, name.as_bytes(), &[])
+                shape::utility(dest, fastpath::COMMAND, name.as_bytes(), &[], &[])
             }),
         }
     }

@@ -120,7 +120,15 @@ unsafe extern "C-unwind" fn begin(function: pg_sys::Oid, refused: *mut Option<Ra
                 Class::Write,
                 true,
                 false,
-                |dest| shape::utility(dest, COMMAND, name.as_bytes(), &[]),
+                |dest| {
+                    shape::utility(
+                        dest,
+                        COMMAND,
+                        name.as_bytes(),
+                        &[],
+                        std::slice::from_ref(&name),
+                    )
+                },
                 |_| Vec::new(),
             )
         };

@@ -126,10 +126,10 @@ unsafe extern "C-unwind" fn before_planner(
     // SAFETY: a valid query, in a transaction; `options` and `refused` are the trampoline's.
     unsafe {
         // First: nothing here has a destructor yet.
-        *options = parallel::options(parse, *options);
+        let calls = parallel::examine(parse, &mut *options);
         let labels = rules::without_where(parse);
         match mask::mask_query(parse, source) {
-            Ok(outcome) => mask::notes(&outcome, &labels),
+            Ok(outcome) => mask::notes(&outcome, &labels, calls.functions()),
             Err(refusal) => {
                 let sql = statement_text(source, (*parse).stmt_location, (*parse).stmt_len);
                 let command = shape::command_name((*parse).commandType);
@@ -137,7 +137,7 @@ unsafe extern "C-unwind" fn before_planner(
                     Class::Read,
                     false,
                     true,
-                    |dest| shape::utility(dest, command, sql, &[]),
+                    |dest| shape::utility(dest, command, sql, &[], &[]),
                     |_| Vec::new(),
                 );
                 record::blocked(begun.unwrap_or(Begun::UNRECORDED), &refusal);
@@ -516,7 +516,10 @@ unsafe extern "C-unwind" fn before_utility(
                 classes::of_utility(node),
                 true,
                 false,
-                |dest| shape::utility(dest, &utility.command, sql, &utility.targets),
+                |dest| {
+                    let u = &utility;
+                    shape::utility(dest, &u.command, sql, &u.targets, &u.functions)
+                },
                 |shape| parameters::utility(shape, &utility.command, sql),
             );
             record::leave_failed(depth);

@@ -24,6 +24,8 @@ use warden_core::guardrail::label;
 const NOTE_FLAGS: c_int = -1;
 /// `cacheId` of the notes of the shape's key: its lower and its upper half.
 const NOTE_SHAPE: [c_int; 2] = [-2, -3];
+/// `cacheId` of the note of a function that the query calls.
+const NOTE_CALL: c_int = -4;
 /// `cacheId` of the note of a mask is this less the column's number; a second item, one
 /// [`NOTE_FUNCTION`] lower, has the function.
 const NOTE_COLUMN: c_int = -10_000;
@@ -1260,7 +1262,11 @@ pub unsafe fn plans_integrity_check(stmt: *mut pg_sys::PlannedStmt) -> bool {
 ///
 /// # Safety
 /// In a context that lives until the plan is made.
-pub unsafe fn notes(r: &Rewritten, labels: &[&'static str]) -> *mut pg_sys::List {
+pub unsafe fn notes(
+    r: &Rewritten,
+    labels: &[&'static str],
+    functions: &[Oid],
+) -> *mut pg_sys::List {
     let mut flags = 0;
     for l in labels {
         flags |= if *l == label::UPDATE_WITHOUT_WHERE {
@@ -1280,6 +1286,9 @@ pub unsafe fn notes(r: &Rewritten, labels: &[&'static str]) -> *mut pg_sys::List
     unsafe {
         if flags != 0 {
             list = add_note(list, NOTE_FLAGS, flags);
+        }
+        for f in functions {
+            list = add_note(list, NOTE_CALL, f.to_u32());
         }
         for a in &r.masked {
             let column = NOTE_COLUMN - c_int::from(a.attribute);
@@ -1381,6 +1390,19 @@ pub unsafe fn read_notes(stmt: *mut pg_sys::PlannedStmt) -> Notes {
     }
     notes.shape = (shape != 0).then_some(shape);
     notes
+}
+
+/// The functions that the query of a planned statement calls, as far as they are worth a record.
+///
+/// # Safety
+/// `stmt` is a valid PlannedStmt.
+pub unsafe fn calls(stmt: *mut pg_sys::PlannedStmt) -> impl Iterator<Item = Oid> {
+    // SAFETY: a list of invalidation items.
+    unsafe {
+        pointers::<pg_sys::PlanInvalItem>((*stmt).invalItems)
+            .filter(|i| (**i).cacheId == NOTE_CALL)
+            .map(|i| Oid::from((*i).hashValue))
+    }
 }
 
 /// The masks of a planned statement.

@@ -8,7 +8,7 @@ use crate::error::{Refusal, RefusalCode};
 use crate::pg::compat::{self, pointers};
 use crate::pg::local::Local;
 use crate::pg::session::text;
-use crate::pg::shape::Target;
+use crate::pg::shape::{Target, function_name};
 use crate::pg::{fastpath, identity, policy, scan};
 use pgrx::pg_sys::{self, NodeTag as T};
 use std::ffi::{CStr, c_int};
@@ -203,6 +203,8 @@ pub struct Utility {
     pub command: String,
     /// The relations that it names.
     pub targets: Vec<Target>,
+    /// The procedure that it calls.
+    pub functions: Vec<String>,
     labels: Vec<&'static str>,
     changes: bool,
     is_copy: bool,
@@ -358,6 +360,13 @@ pub unsafe fn examine(node: *mut pg_sys::Node) -> Utility {
             T::T_AlterSeqStmt => {
                 let s = node.cast::<pg_sys::AlterSeqStmt>();
                 u.targets.extend(relation_or_none((*s).sequence));
+            }
+            T::T_CallStmt => {
+                let s = node.cast::<pg_sys::CallStmt>();
+                u.changes = false;
+                if !(*s).funcexpr.is_null() {
+                    u.functions.push(function_name((*(*s).funcexpr).funcid));
+                }
             }
             _ => {
                 u.changes = false;

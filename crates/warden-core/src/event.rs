@@ -387,6 +387,8 @@ pub struct ShapeFacts {
     pub accesses: Vec<Access>,
     /// What is masked.
     pub masked: Vec<MaskedColumn>,
+    /// Functions that are called by name, `schema.name`: users', and those of [`crate::notable`].
+    pub functions: Vec<String>,
 }
 
 impl ShapeFacts {
@@ -402,7 +404,8 @@ impl ShapeFacts {
         }
         w.put_str(5, &self.fingerprint)
             .put_list(6, self.accesses.iter().map(encode_access))
-            .put_list(7, self.masked.iter().map(encode_masked));
+            .put_list(7, self.masked.iter().map(encode_masked))
+            .put_list(8, &self.functions);
         w.finish()
     }
 
@@ -428,6 +431,7 @@ impl ShapeFacts {
                 .into_iter()
                 .map(decode_masked)
                 .collect::<Result<_, _>>()?,
+            functions: r.strings(8)?,
         })
     }
 }
@@ -666,6 +670,7 @@ mod tests {
                 column: "email".into(),
                 function: "warden.partial_email".into(),
             }],
+            functions: vec!["public.f".into()],
             ..ShapeFacts::default()
         };
         assert_eq!(ShapeFacts::decode(&s.encode()), Ok(s));

@@ -1363,6 +1363,42 @@ mod tests {
     }
 
     #[test]
+    fn the_error_that_ends_a_backend_is_that_of_its_open_intents() {
+        let facts = |t: &Tables| ExecutionFacts::decode(&t.events[0].0.payload).unwrap();
+        let end = frame::SessionEnd {
+            backend: 8,
+            sqlstate: *b"57P01",
+        };
+        let end = frame(FrameKind::SessionEnd, end.encode().to_vec());
+        assert_eq!(facts(&whole(&[intent(1, 8, 0, 0), end])).sqlstate, "57P01");
+        // As frames were before they carried one.
+        let older = frame(FrameKind::SessionEnd, 8u64.to_le_bytes().to_vec());
+        assert_eq!(facts(&whole(&[intent(1, 8, 0, 0), older])).sqlstate, "");
+    }
+
+    #[test]
+    fn a_statement_whose_commit_runs_another_is_found_by_it() {
+        let mut inner = intent(2, 8, 0, 0);
+        if let Item::Frame(_, _, _, payload) = &mut inner {
+            payload[32..40].copy_from_slice(&64u64.to_le_bytes());
+        }
+        let items = [
+            intent(1, 8, 0, 0),
+            written(64, 1, 7, 1),
+            inner,
+            written(192, 1, 7, 1),
+            ended(7, Fate::Committed, &[]),
+        ];
+        let positions: Vec<_> = whole(&items)
+            .events
+            .iter()
+            .map(|(e, _)| ExecutionFacts::decode(&e.payload).unwrap())
+            .map(|f| (f.position, f.parent))
+            .collect();
+        assert_eq!(positions, [(64, 0), (0, 64)]);
+    }
+
+    #[test]
     fn what_cannot_be_read_is_a_gap() {
         let mut newer = intent(1, 1, 1, 1);
         if let Item::Frame(_, _, version, _) = &mut newer {

@@ -14,7 +14,7 @@
 //! | `]n` | execute on, for n rows more |
 //! | `< TEXT` | data of a COPY; `<.` ends it, `<!` lets it fail |
 //! | `! SQL` | simple query that sleeps in `pg_sleep`; the answer is not waited for |
-//! | `!cancel`, `!terminate`, `!leave` | what then ends it: a cancel request, an administrator, the client going away |
+//! | `!cancel`, `!terminate`, `!leave`, `!kill` | what then ends it: a cancel request, an administrator, the client going away, `kill -9` |
 //!
 //! A line of the record is the command; its relations by kind of access (`r`ead, `i`nsert, `u`pdate,
 //! `d`elete, `t`runcate, `c`hange of the definition, `m`aintain); rows; how it ended, if it did not succeed; and
@@ -40,6 +40,7 @@ const SETUP: &str = "
     CREATE TABLE part (id int, k int) PARTITION BY RANGE (k);
     CREATE TABLE part_a PARTITION OF part FOR VALUES FROM (0) TO (10);
     CREATE TABLE part_b PARTITION OF part FOR VALUES FROM (10) TO (20);
+    CREATE TABLE wide AS SELECT g AS n FROM generate_series(1, 100000) g;
     CREATE VIEW cheap AS SELECT id, name FROM item WHERE price < 50;
     CREATE MATERIALIZED VIEW summary AS SELECT count(*) FROM item;
     CREATE FUNCTION inlined(n int) RETURNS SETOF item LANGUAGE sql STABLE AS
@@ -61,7 +62,7 @@ const SETUP: &str = "
         END $$;
     CREATE FUNCTION fails() RETURNS int LANGUAGE sql AS 'SELECT 1 / (id - id) FROM item';
     CREATE FUNCTION logs() RETURNS trigger LANGUAGE plpgsql AS
-        $$ BEGIN INSERT INTO log VALUES (TG_OP); RETURN NEW; END $$;
+        $$ BEGIN INSERT INTO public.log VALUES (TG_OP); RETURN NEW; END $$;
     CREATE TABLE watched (id int);
     CREATE TRIGGER logs AFTER INSERT ON watched FOR EACH ROW EXECUTE FUNCTION logs();
     CREATE TABLE watched_late (id int);
@@ -109,6 +110,8 @@ const PROTOCOL: &[Row] = &[
         &["DECLARE CURSOR", "  SELECT r:item 20 rows", "FETCH 3 rows", "CLOSE CURSOR"]),
     ("a portal in slices", &["[2 SELECT id FROM item", "]3", "."], &["SELECT r:item 5 rows"]),
     ("a portal in slices to its end", &["[15 SELECT id FROM item", "]15", "."], &["SELECT r:item 20 rows"]),
+    ("parallel workers", &["> SET parallel_setup_cost = 0; SET parallel_tuple_cost = 0; SET min_parallel_table_scan_size = 0", "> SELECT count(*) FROM wide"],
+        &["SET", "SET", "SET", "SELECT r:wide 1 rows"]),
     ("a portal that is not there", &["]5", ".", "> SELECT 1"], &["UNKNOWN failed 34000", "SELECT 1 rows"]),
 ];
 
@@ -126,6 +129,16 @@ const COPY: &[Row] = &[
         &["COPY 1 rows committed", "  INSERT i:log,r:log 1 rows committed"]),
     ("COPY that fails", &["> COPY (SELECT 1 / (id - id) FROM item) TO STDOUT"], &["COPY failed 22012", "  SELECT r:item 0 rows failed 22012"]),
     ("COPY to a file is not for all", &["> COPY item TO '/nowhere'"], &["COPY r:item failed 42501"]),
+];
+
+#[rustfmt::skip]
+const FILES: &[Row] = &[
+    ("COPY to a file and back", &["> COPY item TO '/tmp/{file}'", "> COPY item FROM '/tmp/{file}' WHERE id < 0"],
+        &["COPY r:item 20 rows", "COPY i:item 0 rows"]),
+    ("COPY from a file with bad data", &["> COPY (SELECT 'x') TO '/tmp/{file}'", "> COPY item FROM '/tmp/{file}'"],
+        &["COPY 1 rows", "  SELECT 1 rows", "COPY i:item failed 22P02"]),
+    ("COPY from a file that is not there", &["> COPY item FROM '/nowhere/at/all'"], &["COPY i:item failed 58P01"]),
+    ("COPY to a program", &["> COPY item TO PROGRAM 'cat > /dev/null'"], &["COPY r:item 20 rows"]),
 ];
 
 #[rustfmt::skip]
@@ -239,8 +252,14 @@ async fn by_every_path_of_the_protocol() -> Result {
 }
 
 #[tokio::test]
+async fn in_a_database_without_the_extension() -> Result {
+    holds_for("app", "plain", PROTOCOL).await
+}
+
+#[tokio::test]
 async fn copy_in_every_form() -> Result {
-    holds(COPY).await
+    holds(COPY).await?;
+    holds_for("dba", "postgres", FILES).await
 }
 
 #[tokio::test]
@@ -258,25 +277,226 @@ async fn failures_of_every_kind() -> Result {
     holds(FAILURES).await
 }
 
+#[tokio::test]
+async fn sessions_that_stand_in_each_others_way() -> Result {
+    let (cluster, dba) = prepared("postgres").await?;
+    let mut first = Session::connect(&cluster, "dba", "postgres", "who is first")?;
+    let mut second = Session::connect(&cluster, "dba", "postgres", "who gives up")?;
+    let mut third = Session::connect(&cluster, "dba", "postgres", "who is in a deadlock")?;
+    let update = |n: i32| format!("UPDATE item SET price = 0 WHERE id = {n}");
+    let (one, two) = (format!("> {}", update(1)), format!("> {}", update(2)));
+    first
+        .play(&dba, &["> SET deadlock_timeout = '1h'", "> BEGIN", &one])
+        .await?;
+    second
+        .play(&dba, &["> SET lock_timeout = '10ms'", &one])
+        .await?;
+    third
+        .play(&dba, &["> SET deadlock_timeout = '10ms'", "> BEGIN", &two])
+        .await?;
+    first.play(&dba, &[&format!("! {}", update(2))]).await?;
+    third.play(&dba, &[&one, "> ROLLBACK"]).await?;
+    first.raw.answers()?;
+    first.play(&dba, &["> COMMIT"]).await?;
+    #[rustfmt::skip]
+    let rows: &[Row] = &[
+        ("who is first", &[],
+            &["SET", "BEGIN", "UPDATE r:item,u:item 1 rows committed", "UPDATE r:item,u:item 1 rows committed", "COMMIT committed"]),
+        ("who gives up", &[], &["SET", "UPDATE r:item,u:item 0 rows failed 55P03 rolled back"]),
+        ("who is in a deadlock", &[],
+            &["SET", "BEGIN", "UPDATE r:item,u:item 1 rows rolled back", "UPDATE r:item,u:item 0 rows failed 40P01 rolled back", "ROLLBACK"]),
+    ];
+    proves(&cluster, rows).await
+}
+
+#[tokio::test]
+async fn a_killed_server_process() -> Result {
+    let (cluster, dba) = prepared("postgres").await?;
+    #[rustfmt::skip]
+    let rows: &[Row] = &[
+        ("kill -9 in the middle", &["> BEGIN", "> INSERT INTO log VALUES ('x')", "! SELECT pg_sleep(1000) FROM item", "!kill"],
+            &["BEGIN", "INSERT i:log 1 rows rolled back", "SELECT r:item interrupted"]),
+    ];
+    let (name, steps, _) = rows[0];
+    let mut killed = Session::connect(&cluster, "app", "postgres", name)?;
+    killed.play(&dba, steps).await?;
+    cluster
+        .wait_until("the server has started anew", async || {
+            Ok(dba.is_closed() && cluster.superuser().await.is_ok())
+        })
+        .await?;
+    proves(&cluster, rows).await
+}
+
+#[tokio::test]
+async fn logical_replication_on_both_sides() -> Result {
+    let (cluster, dba) = prepared("subscriber").await?;
+    let publisher = cluster.connect("dba", "postgres").await?;
+    publisher
+        .run(
+            "CREATE TABLE watched (id int PRIMARY KEY); INSERT INTO watched VALUES (1);
+             CREATE PUBLICATION p FOR TABLE watched",
+        )
+        .await?;
+    publisher
+        .run("SELECT pg_create_logical_replication_slot('s', 'pgoutput')")
+        .await?;
+    dba.run("ALTER TABLE watched ENABLE ALWAYS TRIGGER logs")
+        .await?;
+    dba.run(&format!(
+        "CREATE SUBSCRIPTION s CONNECTION 'host={} dbname=postgres user=dba'
+         PUBLICATION p WITH (create_slot = false)",
+        cluster.scratch().display()
+    ))
+    .await?;
+    let copied = async |n| Ok(dba.number("SELECT count(*) FROM watched").await? == n);
+    cluster
+        .wait_until("what there was is copied", async || copied(1).await)
+        .await?;
+    publisher.run("INSERT INTO watched VALUES (2)").await?;
+    cluster
+        .wait_until("the change is applied", async || copied(2).await)
+        .await?;
+    // The subscriber asks for what there was; what it then gets is no statement of the publisher's.
+    let copy = cluster
+        .the_activity("command = 'COPY' AND relations = '{public.watched}'")
+        .await?;
+    assert_eq!(
+        (line(&copy), &copy["database"], &copy["background"]),
+        (
+            "COPY r:watched 1 rows".into(),
+            &"postgres".into(),
+            &false.into()
+        )
+    );
+    // No hook sees what it applies, but the triggers that are fired run statements.
+    let fired = cluster
+        .activity("command = 'INSERT' AND relations = '{public.log}'")
+        .await?;
+    let fired: Vec<_> = fired
+        .iter()
+        .map(|f| (line(f), &f["database"], &f["background"]))
+        .collect();
+    let expected = "INSERT i:log 1 rows committed".to_owned();
+    assert_eq!(fired.len(), 2, "{fired:?}");
+    for f in fired {
+        assert_eq!(f, (expected.clone(), &"subscriber".into(), &true.into()));
+    }
+    dba.run("ALTER SUBSCRIPTION s DISABLE").await?;
+    dba.run("ALTER SUBSCRIPTION s SET (slot_name = NONE)")
+        .await?;
+    dba.run("DROP SUBSCRIPTION s").await
+}
+
+#[tokio::test]
+async fn functions_that_are_called_are_named() -> Result {
+    let (cluster, dba) = prepared("postgres").await?;
+    let app = cluster.connect("app", "postgres").await?;
+    dba.run(
+        "CREATE SCHEMA own; GRANT ALL ON SCHEMA own TO app;
+         CREATE FUNCTION public.same() RETURNS int LANGUAGE sql AS 'SELECT 1';
+         CREATE FUNCTION own.same() RETURNS int IMMUTABLE LANGUAGE sql AS 'SELECT 2'",
+    )
+    .await?;
+    #[rustfmt::skip]
+    let rows: &[(&str, &[&str])] = &[
+        ("SELECT abs(-1), id + 1, lower(name) AS f0 FROM item", &[]),
+        ("SELECT id AS f1 FROM inlined(4)", &["public.inlined"]),
+        ("SELECT counted() AS f2, caught(), counted()", &["public.counted", "public.caught"]),
+        ("SELECT lo_create(4711) AS f3", &["pg_catalog.lo_create"]),
+        ("SELECT 1 AS f4 WHERE set_config('a.b', 'c', true) = (SELECT 'c' WHERE counted() > 0)", &["public.counted", "pg_catalog.set_config"]),
+        ("CALL sql_moves() /* f5 */", &["public.sql_moves"]),
+        ("SET search_path = public; SELECT same() AS f6", &["public.same"]),
+        ("SET search_path = own; SELECT same() AS f6", &["own.same"]),
+    ];
+    for (sql, _) in rows {
+        app.run(sql).await?;
+    }
+    let seen = cluster
+        .activity("NOT nested AND login_role = 'app' AND (query ~ 'f[0-9]' OR command = 'CALL')")
+        .await?;
+    for ((sql, expected), seen) in rows.iter().zip(&seen) {
+        let mut functions: Vec<_> = seen["functions"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter_map(Value::as_str)
+            .collect();
+        let mut expected = expected.to_vec();
+        functions.sort_unstable();
+        expected.sort_unstable();
+        assert_eq!(functions, expected, "{sql}");
+    }
+    assert_eq!(seen.len(), rows.len());
+    Ok(())
+}
+
+#[tokio::test]
+async fn the_servers_functions_have_the_names_that_are_recorded() -> Result {
+    let cluster = Cluster::start(Config::new(Mode::Plain)).await?;
+    let su = cluster.superuser().await?;
+    let values: Vec<_> = warden_core::notable::functions()
+        .iter()
+        .map(|(oid, name)| format!("({oid}, '{name}')"))
+        .collect();
+    let values = values.join(", ");
+    let sql = format!(
+        "SELECT f.oid || ' ' || proname FROM (VALUES {values}) f (oid, name)
+         JOIN pg_proc p ON p.oid = f.oid AND p.proname <> f.name"
+    );
+    assert_eq!(su.column(&sql).await?, Vec::<String>::new());
+    let sql = format!(
+        "SELECT count(*) FROM (VALUES {values}) f (oid, name) JOIN pg_proc p ON p.oid = f.oid"
+    );
+    assert!(su.number(&sql).await? > 90);
+    Ok(())
+}
+
 /// Plays each row on a session of its own, and compares what the ledger has of the session.
 async fn holds(rows: &[Row]) -> Result {
-    let config = Config::new(Mode::Preloaded).line("max_prepared_transactions = 2");
-    let cluster = Cluster::with_extension(config).await?;
-    let dba = cluster.connect("dba", "postgres").await?;
-    dba.run("CREATE TABLE closed (n int); CREATE VIEW closed_view AS SELECT 1")
-        .await?;
-    cluster.connect("app", "postgres").await?.run(SETUP).await?;
+    holds_for("app", "postgres", rows).await
+}
+
+async fn holds_for(user: &str, database: &str, rows: &[Row]) -> Result {
+    let (cluster, dba) = prepared(database).await?;
     for (what, steps, _) in rows {
         dba.run(RESET).await?;
-        play(&cluster, &dba, what, steps).await?;
+        let mut session = Session::connect(&cluster, user, database, what)?;
+        session.play(&dba, steps).await?;
+        session.gone(&dba).await?;
     }
+    proves(&cluster, rows).await
+}
+
+/// A cluster with what the rows need in this database, and an administrator who is connected to it.
+async fn prepared(database: &str) -> Result<(Cluster, Client)> {
+    let config = Config::new(Mode::Preloaded)
+        .line("max_prepared_transactions = 2")
+        .line("wal_level = logical");
+    let cluster = Cluster::with_extension(config).await?;
+    if database != "postgres" {
+        let dba = cluster.connect("dba", "postgres").await?;
+        dba.run(&format!("CREATE DATABASE {database}")).await?;
+        let dba = cluster.connect("dba", database).await?;
+        dba.run("GRANT CREATE ON SCHEMA public TO app").await?;
+    }
+    let dba = cluster.connect("dba", database).await?;
+    dba.run("CREATE TABLE closed (n int); CREATE VIEW closed_view AS SELECT 1")
+        .await?;
+    cluster.connect("app", database).await?.run(SETUP).await?;
+    dba.run(RESET).await?;
+    Ok((cluster, dba))
+}
+
+/// Fails unless the ledger has of each row's session what the row says, and is whole.
+async fn proves(cluster: &Cluster, rows: &[Row]) -> Result {
     // What was prepared is settled in the recorder's own time.
-    let mut wrong = differences(&cluster, rows).await?;
+    let mut wrong = differences(cluster, rows).await?;
     for _ in 0..10 {
         if wrong.is_empty() {
             break;
         }
-        wrong = differences(&cluster, rows).await?;
+        wrong = differences(cluster, rows).await?;
     }
     assert!(wrong.is_empty(), "{wrong}");
     let su = cluster.superuser().await?;
@@ -287,17 +507,36 @@ async fn holds(rows: &[Row]) -> Result {
     cluster.assert_verifies().await
 }
 
-/// Takes the steps, on a connection with this name.
-async fn play(cluster: &Cluster, dba: &Client, name: &str, steps: &[&str]) -> Result {
-    let mut raw = Raw::connect_with(cluster, "app", "postgres", &[("application_name", name)])?;
-    let pid = raw.pid();
-    for step in steps {
+/// A client whose connection has a name.
+struct Session<'a> {
+    cluster: &'a Cluster,
+    raw: Raw,
+}
+
+impl<'a> Session<'a> {
+    fn connect(cluster: &'a Cluster, user: &str, database: &str, name: &str) -> Result<Self> {
+        let raw = Raw::connect_with(cluster, user, database, &[("application_name", name)])?;
+        Ok(Self { cluster, raw })
+    }
+
+    async fn play(&mut self, dba: &Client, steps: &[&str]) -> Result {
+        for step in steps {
+            self.step(dba, step, steps).await?;
+        }
+        Ok(())
+    }
+
+    async fn step(&mut self, dba: &Client, step: &str, steps: &[&str]) -> Result {
+        let Self { cluster, raw } = self;
         let (how, rest) = step.split_at(1);
         let mut parts = rest.trim_start().split(" | ");
         let sql = parts.next().unwrap_or_default();
         let parameters: Vec<&str> = parts.collect();
         match how {
-            ">" => drop(raw.query(rest.trim_start())?),
+            ">" => {
+                let file = format!("warden-completeness-{}", std::process::id());
+                raw.query(&rest.trim_start().replace("{file}", &file))?;
+            }
             "=" => {
                 raw.run(sql, &parameters)?;
                 raw.sync()?;
@@ -329,31 +568,46 @@ async fn play(cluster: &Cluster, dba: &Client, name: &str, steps: &[&str]) -> Re
                 raw.answers()?;
             }
             "!" if rest == "terminate" => {
-                dba.run(&format!("SELECT pg_terminate_backend({pid}, 60000)"))
-                    .await?
+                let sql = format!("SELECT pg_terminate_backend({}, 60000)", raw.pid());
+                dba.run(&sql).await?;
             }
+            "!" if rest == "kill" => Cluster::kill(raw.pid().into())?,
             "!" if rest == "leave" => {
                 raw.send(b'H', &[])?;
                 while raw.read()?.0 != b's' {}
-                break;
             }
             "!" => {
                 raw.send(b'Q', &[sql.as_bytes(), &[0]].concat())?;
-                let sleeps = format!(
-                    "SELECT count(*) FROM pg_stat_activity WHERE pid = {pid} AND wait_event = 'PgSleep'"
-                );
-                cluster
-                    .wait_until("it sleeps", async || Ok(dba.number(&sleeps).await? == 1))
-                    .await?;
+                self.waits(dba).await?;
             }
             _ => panic!("not a step: {step}"),
         }
+        Ok(())
     }
-    drop(raw);
-    let there = format!("SELECT count(*) FROM pg_stat_activity WHERE pid = {pid}");
-    cluster
-        .wait_until("it has ended", async || Ok(dba.number(&there).await? == 0))
-        .await
+
+    /// Waits until the server sleeps, or waits for a lock, for this client.
+    async fn waits(&self, dba: &Client) -> Result {
+        let sql = format!(
+            "SELECT count(*) FROM pg_stat_activity
+             WHERE pid = {} AND (wait_event = 'PgSleep' OR wait_event_type = 'Lock')",
+            self.raw.pid()
+        );
+        self.cluster
+            .wait_until("it waits", async || Ok(dba.number(&sql).await? == 1))
+            .await
+    }
+
+    /// Goes away, and waits until the server has noticed.
+    async fn gone(self, dba: &Client) -> Result {
+        let there = format!(
+            "SELECT count(*) FROM pg_stat_activity WHERE pid = {}",
+            self.raw.pid()
+        );
+        drop(self.raw);
+        self.cluster
+            .wait_until("it has ended", async || Ok(dba.number(&there).await? == 0))
+            .await
+    }
 }
 
 /// Where the record is not what the rows say.
