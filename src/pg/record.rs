@@ -419,6 +419,7 @@ pub fn end_late(begun: Begun, outcome: Ended, sqlstate: Option<c_int>, rows: i64
             GetCurrentSubTransactionId(),
         )
     };
+    let xid = if transaction::is_over(xid) { 0 } else { xid };
     if xid != 0 {
         transaction::wrote(begun.dest, subtransaction);
     }

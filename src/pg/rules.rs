@@ -283,7 +283,15 @@ pub unsafe fn examine(node: *mut pg_sys::Node) -> Utility {
             }
             T::T_RenameStmt => {
                 let s = node.cast::<pg_sys::RenameStmt>();
-                u.targets.extend(relation_or_none((*s).relation));
+                let before = relation_or_none((*s).relation);
+                if let (Some(before), true) = (&before, names_relation((*s).renameType)) {
+                    u.targets.push(Target {
+                        oid: 0,
+                        relation: text((*s).newname),
+                        ..before.clone()
+                    });
+                }
+                u.targets.extend(before);
                 if (*s).renameType == pg_sys::ObjectType::OBJECT_SCHEMA
                     && text((*s).subname) == "warden"
                 {
@@ -300,7 +308,15 @@ pub unsafe fn examine(node: *mut pg_sys::Node) -> Utility {
             }
             T::T_AlterObjectSchemaStmt => {
                 let s = node.cast::<pg_sys::AlterObjectSchemaStmt>();
-                u.targets.extend(relation_or_none((*s).relation));
+                let before = relation_or_none((*s).relation);
+                if let Some(before) = &before {
+                    u.targets.push(Target {
+                        oid: 0,
+                        schema: text((*s).newschema),
+                        ..before.clone()
+                    });
+                }
+                u.targets.extend(before);
             }
             T::T_CreateTrigStmt => {
                 let s = node.cast::<pg_sys::CreateTrigStmt>();
@@ -320,7 +336,7 @@ pub unsafe fn examine(node: *mut pg_sys::Node) -> Utility {
             }
             T::T_CreateStmt => {
                 let s = node.cast::<pg_sys::CreateStmt>();
-                u.targets.push(named((*s).relation, AccessKind::Ddl));
+                u.targets.push(created((*s).relation));
                 for parent in pointers::<pg_sys::RangeVar>((*s).inhRelations) {
                     u.targets.push(resolve(parent, AccessKind::Ddl));
                 }
@@ -343,19 +359,24 @@ pub unsafe fn examine(node: *mut pg_sys::Node) -> Utility {
             }
             T::T_CreateTableAsStmt => {
                 let s = node.cast::<pg_sys::CreateTableAsStmt>();
-                u.targets.push(named((*(*s).into).rel, AccessKind::Ddl));
+                u.targets.push(created((*(*s).into).rel));
             }
             T::T_ViewStmt => {
                 let s = node.cast::<pg_sys::ViewStmt>();
-                u.targets.extend(relation_or_none((*s).view));
+                let before = resolve((*s).view, AccessKind::Ddl);
+                u.targets.push(if before.oid == 0 {
+                    created((*s).view)
+                } else {
+                    before
+                });
             }
             T::T_CreateForeignTableStmt => {
                 let s = node.cast::<pg_sys::CreateForeignTableStmt>();
-                u.targets.push(named((*s).base.relation, AccessKind::Ddl));
+                u.targets.push(created((*s).base.relation));
             }
             T::T_CreateSeqStmt => {
                 let s = node.cast::<pg_sys::CreateSeqStmt>();
-                u.targets.push(named((*s).sequence, AccessKind::Ddl));
+                u.targets.push(created((*s).sequence));
             }
             T::T_AlterSeqStmt => {
                 let s = node.cast::<pg_sys::AlterSeqStmt>();
@@ -457,6 +478,23 @@ unsafe fn named(r: *mut pg_sys::RangeVar, kind: AccessKind) -> Target {
             relation: text((*r).relname),
             columns: Vec::new(),
         }
+    }
+}
+
+/// A relation that is about to be made, in the schema where it will be.
+unsafe fn created(r: *mut pg_sys::RangeVar) -> Target {
+    // SAFETY: a valid RangeVar, in a transaction; a list of OIDs.
+    unsafe {
+        let mut t = named(r, AccessKind::Ddl);
+        if (*r).relpersistence as u8 == pg_sys::RELPERSISTENCE_TEMP {
+            t.schema = "pg_temp".into();
+        } else if t.schema.is_empty() {
+            let path = pg_sys::fetch_search_path(false);
+            if !path.is_null() && (*path).length > 0 {
+                t.schema = text(pg_sys::get_namespace_name((*(*path).elements).oid_value));
+            }
+        }
+        t
     }
 }
 

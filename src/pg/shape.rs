@@ -183,6 +183,7 @@ fn named(
     for t in targets {
         h.write_u32(t.oid);
         h.write_u8(t.kind as u8);
+        h.write(t.schema.as_bytes());
         h.write(t.relation.as_bytes());
         for c in &t.columns {
             h.write(c.as_bytes());

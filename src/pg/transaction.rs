@@ -36,6 +36,16 @@ static STATE: Local<State> = Local::new(State {
     ending: None,
 });
 
+/// The transaction whose end has been recorded last.
+static ENDED: Local<u64> = Local::new(0);
+
+/// Whether the end of this transaction has been recorded: one that has failed keeps its id until
+/// ROLLBACK, and nothing belongs to it any more.
+#[inline]
+pub fn is_over(xid: u64) -> bool {
+    ENDED.get() == xid
+}
+
 /// A statement has ended whose transaction has an id.
 #[inline]
 pub fn wrote(dest: u32, subtransaction: u32) {
@@ -107,11 +117,12 @@ pub fn ended(fate: Fate) {
             std::mem::take(&mut s.rolled_back),
         )
     });
+    // SAFETY: the id is kept until after the callbacks of the transaction's end.
+    let xid = unsafe { pg_sys::GetTopFullTransactionIdIfAny().value };
+    ENDED.set(xid);
     if dest == 0 {
         return;
     }
-    // SAFETY: the id is kept until after the callbacks of the transaction's end.
-    let xid = unsafe { pg_sys::GetTopFullTransactionIdIfAny().value };
     let frame = Transaction {
         at: record::now(),
         xid,

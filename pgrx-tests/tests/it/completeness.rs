@@ -209,7 +209,7 @@ const COMMANDS: &[Row] = &[
     ("LISTEN and NOTIFY", &["> LISTEN bell", "> NOTIFY bell", "> UNLISTEN bell"], &["LISTEN", "NOTIFY", "UNLISTEN"]),
     ("LOCK", &["> BEGIN", "> LOCK TABLE item IN SHARE MODE", "> COMMIT"], &["BEGIN", "LOCK TABLE m:item", "COMMIT"]),
     ("definitions", &["> CREATE TABLE d (n int)", "> ALTER TABLE d ADD COLUMN m int", "> CREATE INDEX CONCURRENTLY d_n ON d (n)", "> ALTER TABLE d RENAME TO e", "> COMMENT ON TABLE e IS 'x'", "> CREATE VIEW e_view AS SELECT n FROM e", "> DROP VIEW e_view", "> REINDEX TABLE e"],
-        &["CREATE TABLE c:d committed", "ALTER TABLE c:d committed", "CREATE INDEX c:d committed", "ALTER TABLE c:d committed", "COMMENT c:e committed", "CREATE VIEW c:e_view committed", "DROP VIEW c:e_view committed", "REINDEX m:e committed"]),
+        &["CREATE TABLE c:d committed", "ALTER TABLE c:d committed", "CREATE INDEX c:d committed", "ALTER TABLE c:d,c:e committed", "COMMENT c:e committed", "CREATE VIEW c:e_view committed", "DROP VIEW c:e_view committed", "REINDEX m:e committed"]),
     ("maintenance", &["> VACUUM item", "> ANALYZE item", "> VACUUM (ANALYZE) item", "> CLUSTER item USING item_pkey"],
         &["VACUUM m:item", "ANALYZE m:item committed", "VACUUM m:item", "CLUSTER m:item committed"]),
     ("large objects", &["> SELECT lo_create(4711)", "> SELECT lo_put(4711, 0, 'x')", "> SELECT lo_get(4711)", "> SELECT lo_unlink(4711)"],
@@ -432,6 +432,34 @@ async fn functions_that_are_called_are_named() -> Result {
 }
 
 #[tokio::test]
+async fn definitions_name_what_was_and_what_will_be() -> Result {
+    let (cluster, dba) = prepared("postgres").await?;
+    dba.run("CREATE SCHEMA own").await?;
+    #[rustfmt::skip]
+    let rows: &[(&str, &[&str])] = &[
+        ("SET search_path = own, public; CREATE TABLE d1 (n int)", &["own.d1"]),
+        ("SET search_path = public; CREATE TABLE d1 (n int)", &["public.d1"]),
+        ("CREATE VIEW own.d2 AS SELECT 1", &["own.d2"]),
+        ("CREATE TEMP TABLE d3 AS SELECT 1", &["pg_temp.d3"]),
+        ("ALTER TABLE d1 RENAME TO d4", &["public.d1", "public.d4"]),
+        ("ALTER TABLE d4 RENAME n TO m", &["public.d4"]),
+        ("ALTER TABLE d4 SET SCHEMA own", &["own.d4", "public.d4"]),
+        ("DROP TABLE own.d4, own.d1", &["own.d1", "own.d4"]),
+    ];
+    for (sql, _) in rows {
+        dba.run(sql).await?;
+    }
+    let seen = cluster
+        .activity("NOT nested AND login_role = 'dba' AND command ~ 'TABLE|VIEW' AND query ~ ' (own.)?d[0-9]'")
+        .await?;
+    for ((sql, expected), seen) in rows.iter().zip(&seen) {
+        assert_eq!(seen["relations"], serde_json::json!(expected), "{sql}");
+    }
+    assert_eq!(seen.len(), rows.len());
+    Ok(())
+}
+
+#[tokio::test]
 async fn the_servers_functions_have_the_names_that_are_recorded() -> Result {
     let cluster = Cluster::start(Config::new(Mode::Plain)).await?;
     let su = cluster.superuser().await?;
@@ -504,6 +532,11 @@ async fn proves(cluster: &Cluster, rows: &[Row]) -> Result {
         .column("SELECT warden.event_detail(kind, payload) FROM warden.event WHERE kind = 4")
         .await?;
     assert!(gaps.is_empty(), "{gaps:#?}");
+    // Every transaction has ended, and is not waited for.
+    let open = su
+        .column("SELECT xid FROM warden.journal_transaction")
+        .await?;
+    assert!(open.is_empty(), "{open:#?}");
     cluster.assert_verifies().await
 }
 
