@@ -92,14 +92,14 @@ CREATE TABLE warden.transaction (
     xid bigint NOT NULL,
     committed boolean NOT NULL,
     unknown_from bigint NOT NULL,
-    rolled_back bigint[] NOT NULL
+    rolled_back int8multirange NOT NULL
 );
 CREATE INDEX transaction_xid_idx ON warden.transaction (xid);
 COMMENT ON TABLE warden.transaction IS 'Projection of transaction events: what became of transactions that ended after their statements were in the ledger';
 COMMENT ON COLUMN warden.transaction.id IS 'seq of the transaction event';
 COMMENT ON COLUMN warden.transaction.xid IS 'Full transaction id, as of pg_current_xact_id()';
 COMMENT ON COLUMN warden.transaction.unknown_from IS 'Of subtransactions from this one on it is not known whether they were rolled back; 0 if of all';
-COMMENT ON COLUMN warden.transaction.rolled_back IS 'First and last number of subtransactions that were rolled back, pairwise';
+COMMENT ON COLUMN warden.transaction.rolled_back IS 'Numbers of subtransactions that were rolled back';
 
 CREATE TABLE warden.journal_position (
     position bigint NOT NULL,
@@ -117,6 +117,21 @@ CREATE FUNCTION warden.ledger_begin() RETURNS void
     LANGUAGE c AS 'MODULE_PATHNAME', 'ledger_begin_wrapper';
 SELECT warden.ledger_begin();
 DROP FUNCTION warden.ledger_begin();
+
+CREATE TABLE warden.ledger_origin (
+    id integer GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    seq bigint NOT NULL,
+    system bigint NOT NULL,
+    timeline integer NOT NULL,
+    journal bigint NOT NULL,
+    server_version integer NOT NULL,
+    since timestamptz NOT NULL DEFAULT pg_catalog.now()
+);
+COMMENT ON TABLE warden.ledger_origin IS 'Where the ledger was written: one row for the beginning, and one for each pg_upgrade, restored backup, promoted standby or new journal';
+COMMENT ON COLUMN warden.ledger_origin.seq IS 'First event that was written there; after a move, a gap event that says so';
+COMMENT ON COLUMN warden.ledger_origin.system IS 'System identifier of the cluster';
+COMMENT ON COLUMN warden.ledger_origin.timeline IS 'Timeline of the cluster';
+COMMENT ON COLUMN warden.ledger_origin.journal IS 'Random number of the journal';
 
 CREATE TABLE warden.connection_event (
     id bigint PRIMARY KEY,
@@ -209,10 +224,7 @@ SELECT e.seq,
             WHEN d.xid IS NOT NULL THEN (
                 SELECT CASE
                     WHEN NOT t.committed THEN false
-                    -- Inside a range, one more has begun than has ended before.
-                    WHEN (SELECT pg_catalog.count(*)
-                          FROM pg_catalog.unnest(t.rolled_back) WITH ORDINALITY r (n, i)
-                          WHERE r.n < d.subtransaction OR r.n = d.subtransaction AND r.i % 2 = 1) % 2 = 1 THEN false
+                    WHEN t.rolled_back @> d.subtransaction THEN false
                     WHEN t.unknown_from <> 0 AND d.subtransaction >= t.unknown_from THEN NULL
                     ELSE true END
                 FROM warden.transaction t WHERE t.xid = d.xid ORDER BY t.id DESC LIMIT 1)
@@ -301,9 +313,9 @@ COMMENT ON COLUMN warden.connections.backend IS 'The same for all rows of a sess
 
 REVOKE ALL ON warden.event, warden.event_p00000, warden.session, warden.statement, warden.transaction,
     warden.connection_event, warden.journal_position, warden.journal_pending, warden.journal_transaction,
-    warden.activity, warden.connections FROM PUBLIC;
+    warden.ledger_origin, warden.activity, warden.connections FROM PUBLIC;
 GRANT SELECT ON warden.event, warden.session, warden.statement, warden.transaction, warden.connection_event,
-    warden.journal_position, warden.activity, warden.connections TO warden_auditor;
+    warden.journal_position, warden.ledger_origin, warden.activity, warden.connections TO warden_auditor;
 REVOKE ALL ON FUNCTION warden.event_detail(smallint, bytea), warden.verify(bigint, bigint),
     warden.value_digest(text) FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION warden.value_digest(text) TO warden_auditor;

@@ -4,31 +4,49 @@ COMMENT ON FUNCTION warden.config_changed() IS 'Trigger of the configuration tab
 REVOKE ALL ON FUNCTION warden.config_changed() FROM PUBLIC;
 
 CREATE TABLE warden.mask_policy (
-    relation oid NOT NULL,
-    attnum   smallint NOT NULL,
-    function oid NOT NULL,
-    PRIMARY KEY (relation, attnum)
+    target   warden.reference NOT NULL,
+    function warden.reference NOT NULL
 );
-COMMENT ON TABLE warden.mask_policy IS 'Masked columns by OID. Use warden.mask(); the view warden.masks shows names.';
+COMMENT ON TABLE warden.mask_policy IS 'Masked columns. Use warden.mask(), and the view warden.masks.';
+COMMENT ON COLUMN warden.mask_policy.target IS 'The column; of one that does not exist, the relation cannot be read';
+COMMENT ON COLUMN warden.mask_policy.function IS 'The mask; of one that does not exist, the column reads as NULL';
 
 CREATE TABLE warden.mask_exemption (
-    role oid PRIMARY KEY
+    role warden.reference NOT NULL
 );
 COMMENT ON TABLE warden.mask_exemption IS 'Roles whose members read what is stored. Use warden.unmask_for().';
+
+-- A dump carries them by name, but not what is gone.
+SELECT pg_catalog.pg_extension_config_dump('warden.mask_policy', $$WHERE target::text <> 'gone'$$);
+SELECT pg_catalog.pg_extension_config_dump('warden.mask_exemption', $$WHERE role::text <> 'gone'$$);
 
 CREATE TRIGGER config_changed AFTER INSERT OR UPDATE OR DELETE OR TRUNCATE ON warden.mask_policy
     FOR EACH STATEMENT EXECUTE FUNCTION warden.config_changed();
 CREATE TRIGGER config_changed AFTER INSERT OR UPDATE OR DELETE OR TRUNCATE ON warden.mask_exemption
     FOR EACH STATEMENT EXECUTE FUNCTION warden.config_changed();
+-- Whatever session_replication_role says.
+ALTER TABLE warden.mask_policy ENABLE ALWAYS TRIGGER config_changed;
+ALTER TABLE warden.mask_exemption ENABLE ALWAYS TRIGGER config_changed;
 REVOKE ALL ON warden.mask_policy, warden.mask_exemption FROM PUBLIC;
 
 CREATE VIEW warden.masks AS
-    SELECT p.relation::regclass AS relation, a.attname AS column_name, p.function::regprocedure AS mask_function
+    SELECT warden.reference_oid(p.target)::regclass AS relation,
+           a.attname AS column_name,
+           warden.reference_oid(p.function)::regprocedure AS mask_function,
+           CASE WHEN a.attname IS NULL
+                    THEN p.target::text || ' does not exist: its relation, if there is one, cannot be read'
+                WHEN warden.reference_oid(p.function) IS NULL
+                    THEN p.function::text || ' does not exist: the column reads as NULL'
+           END AS problem
     FROM warden.mask_policy p
-    JOIN pg_catalog.pg_attribute a ON a.attrelid = p.relation AND a.attnum = p.attnum;
+    LEFT JOIN pg_catalog.pg_attribute a
+        ON a.attrelid = warden.reference_oid(p.target) AND a.attnum = warden.reference_column(p.target)
+    WHERE p.target::text <> 'gone';
 COMMENT ON VIEW warden.masks IS 'Masked columns and their mask functions';
+COMMENT ON COLUMN warden.masks.problem IS 'What a restored mask refers to and is not there, and what follows; NULL if all is well';
 CREATE VIEW warden.mask_exemptions AS
-    SELECT role::regrole AS role FROM warden.mask_exemption;
+    SELECT warden.reference_oid(e.role)::regrole AS role FROM warden.mask_exemption e
+    WHERE warden.reference_oid(e.role) IS NOT NULL;
 COMMENT ON VIEW warden.mask_exemptions IS 'Roles whose members read what is stored; AI agents are masked all the same';
 REVOKE ALL ON warden.masks, warden.mask_exemptions FROM PUBLIC;
 GRANT SELECT ON warden.masks, warden.mask_exemptions TO warden_admin, warden_auditor;
@@ -73,8 +91,15 @@ BEGIN
             USING ERRCODE = 'datatype_mismatch',
                   HINT = 'warden.mask_null masks a column of any type.';
     END;
-    INSERT INTO warden.mask_policy VALUES (mask.relation, att.attnum, mask.mask_function)
-        ON CONFLICT ON CONSTRAINT mask_policy_pkey DO UPDATE SET function = excluded.function;
+    -- One at a time: there is no key that a reference by name and one by OID have in common.
+    LOCK TABLE warden.mask_policy IN SHARE ROW EXCLUSIVE MODE;
+    UPDATE warden.mask_policy p SET function = warden.reference_to(mask.mask_function::regprocedure)
+        WHERE p.target::text = warden.reference_to(mask.relation, mask.column_name)::text;
+    IF NOT FOUND THEN
+        INSERT INTO warden.mask_policy (target, function)
+        VALUES (warden.reference_to(mask.relation, mask.column_name),
+                warden.reference_to(mask.mask_function::regprocedure));
+    END IF;
 END
 $$;
 COMMENT ON FUNCTION warden.mask(regclass, name, regproc)
@@ -83,9 +108,9 @@ COMMENT ON FUNCTION warden.mask(regclass, name, regproc)
 CREATE FUNCTION warden.unmask(relation regclass, column_name name)
     RETURNS void LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    DELETE FROM warden.mask_policy p USING pg_attribute a
-        WHERE p.relation = unmask.relation AND a.attrelid = p.relation AND a.attnum = p.attnum
-          AND a.attname = unmask.column_name;
+    -- By name: the mask of a column that does not exist can be removed as well.
+    DELETE FROM warden.mask_policy p
+        WHERE p.target::text = warden.reference_to(unmask.relation, unmask.column_name)::text;
     IF NOT FOUND THEN
         RAISE EXCEPTION 'column "%" of relation "%" is not masked', unmask.column_name, unmask.relation
             USING ERRCODE = 'undefined_object';
@@ -97,7 +122,9 @@ COMMENT ON FUNCTION warden.unmask(regclass, name) IS 'Removes the mask of a colu
 CREATE FUNCTION warden.unmask_for(VARIADIC roles regrole[])
     RETURNS void LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
-    INSERT INTO warden.mask_exemption SELECT r::oid FROM unnest(roles) r ON CONFLICT DO NOTHING;
+    INSERT INTO warden.mask_exemption
+    SELECT warden.reference_to(r) FROM (SELECT DISTINCT u AS r FROM unnest(roles) u) x
+    WHERE NOT EXISTS (SELECT FROM warden.mask_exemption e WHERE warden.reference_oid(e.role) = r);
 END;
 COMMENT ON FUNCTION warden.unmask_for(regrole[])
     IS 'Members of these roles read what is stored; AI agents are masked all the same';
@@ -105,7 +132,7 @@ COMMENT ON FUNCTION warden.unmask_for(regrole[])
 CREATE FUNCTION warden.remask_for(VARIADIC roles regrole[])
     RETURNS void LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
-    DELETE FROM warden.mask_exemption WHERE role IN (SELECT r::oid FROM unnest(roles) r);
+    DELETE FROM warden.mask_exemption e WHERE warden.reference_oid(e.role) IN (SELECT r::oid FROM unnest(roles) r);
 END;
 COMMENT ON FUNCTION warden.remask_for(regrole[]) IS 'Members of these roles read masks again';
 

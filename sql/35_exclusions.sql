@@ -2,8 +2,8 @@ CREATE TABLE warden.exclusion (
     id         integer GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     name       text NOT NULL CHECK (name ~ '^[a-z][a-z0-9_]{0,62}$'),
     commands   text[] NOT NULL,
-    relations  oid[] NOT NULL,
-    roles      oid[] NOT NULL,
+    relations  warden.reference[] NOT NULL,
+    roles      warden.reference[] NOT NULL,
     active     boolean NOT NULL DEFAULT true,
     created_by text NOT NULL DEFAULT session_user,
     created_at timestamptz NOT NULL DEFAULT pg_catalog.now(),
@@ -14,15 +14,20 @@ CREATE TABLE warden.exclusion (
 CREATE UNIQUE INDEX exclusion_name_idx ON warden.exclusion (name) WHERE active;
 COMMENT ON TABLE warden.exclusion IS 'Statements that are not recorded, and those that were not. Use warden.exclude().';
 COMMENT ON COLUMN warden.exclusion.commands IS 'Command tags and classes: READ, WRITE, FUNCTION, ROLE, DDL, MISC; empty for all';
-COMMENT ON COLUMN warden.exclusion.relations IS 'OIDs of the only relations; empty for all';
-COMMENT ON COLUMN warden.exclusion.roles IS 'OIDs of the only roles, with their members; empty for all';
+COMMENT ON COLUMN warden.exclusion.relations IS 'The only relations; empty for all';
+COMMENT ON COLUMN warden.exclusion.roles IS 'The only roles, with their members; empty for all';
 COMMENT ON COLUMN warden.exclusion.active IS 'False for an exclusion that has ended';
 REVOKE ALL ON warden.exclusion FROM PUBLIC;
 GRANT SELECT ON warden.exclusion TO warden_admin, warden_auditor;
 
+-- Those that have ended, too: who looks at a gap in the record wants to know why.
+SELECT pg_catalog.pg_extension_config_dump('warden.exclusion', '');
+SELECT pg_catalog.pg_extension_config_dump('warden.exclusion_id_seq', '');
+
 CREATE TRIGGER config_changed
     AFTER INSERT OR UPDATE OR DELETE OR TRUNCATE ON warden.exclusion
     FOR EACH STATEMENT EXECUTE FUNCTION warden.config_changed();
+ALTER TABLE warden.exclusion ENABLE ALWAYS TRIGGER config_changed;
 
 CREATE FUNCTION warden.left_out(exclusion integer) RETURNS bigint
     LANGUAGE c VOLATILE STRICT
@@ -33,8 +38,8 @@ CREATE VIEW warden.exclusions AS
 SELECT e.name,
        e.active,
        e.commands,
-       e.relations::regclass[] AS relations,
-       e.roles::regrole[] AS roles,
+       ARRAY(SELECT warden.reference_oid(r)::regclass FROM unnest(e.relations) r) AS relations,
+       ARRAY(SELECT warden.reference_oid(r)::regrole FROM unnest(e.roles) r) AS roles,
        e.created_by,
        e.created_at,
        e.ended_by,
@@ -70,8 +75,8 @@ BEGIN
     END IF;
     INSERT INTO warden.exclusion (name, commands, relations, roles)
     VALUES (exclude.name, wanted,
-            (SELECT coalesce(array_agg(r::oid), '{}') FROM unnest(exclude.relations) r),
-            (SELECT coalesce(array_agg(r::oid), '{}') FROM unnest(exclude.roles) r));
+            (SELECT coalesce(array_agg(warden.reference_to(r)), '{}') FROM unnest(exclude.relations) r),
+            (SELECT coalesce(array_agg(warden.reference_to(r)), '{}') FROM unnest(exclude.roles) r));
 END
 $$;
 COMMENT ON FUNCTION warden.exclude(text, text[], regclass[], regrole[])

@@ -4,6 +4,7 @@ CREATE TABLE warden.sink (
     id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     name text NOT NULL UNIQUE,
     url text NOT NULL,
+    has_query boolean NOT NULL DEFAULT false,
     enabled boolean NOT NULL DEFAULT true,
     batch_events integer NOT NULL DEFAULT 500,
     batch_bytes integer NOT NULL DEFAULT 1000000,
@@ -18,7 +19,8 @@ CREATE TABLE warden.sink (
 CREATE UNIQUE INDEX sink_file_is_unique ON warden.sink (url) WHERE url LIKE 'file:%';
 REVOKE ALL ON warden.sink FROM PUBLIC;
 COMMENT ON TABLE warden.sink IS 'Where the ledger is shipped to. Changed by warden.add_sink and its siblings, shown by warden.sink_status';
-COMMENT ON COLUMN warden.sink.url IS 'http or https URL without credentials, or file:NAME for a file in warden.file_sink_directory';
+COMMENT ON COLUMN warden.sink.url IS 'http or https URL without credentials and query string, or file:NAME for a file in warden.file_sink_directory';
+COMMENT ON COLUMN warden.sink.has_query IS 'The URL has a query string: it is in warden.sink_here';
 COMMENT ON COLUMN warden.sink.batch_events IS 'Most events in one request';
 COMMENT ON COLUMN warden.sink.batch_bytes IS 'Most bytes in one request; an event that is longer goes alone';
 COMMENT ON COLUMN warden.sink.ship_from IS 'Shipping starts at the first event that is not older';
@@ -46,6 +48,15 @@ COMMENT ON COLUMN warden.sink_cursor.sent IS 'Events acknowledged';
 COMMENT ON COLUMN warden.sink_cursor.failed IS 'Requests that failed';
 COMMENT ON COLUMN warden.sink_cursor.failures IS 'Requests that failed in a row; 0 after a success';
 
+-- A restored copy of a database must not ship to where the original does, before somebody says so. And
+-- a query string may hold a token.
+CREATE TABLE warden.sink_here (
+    sink bigint PRIMARY KEY,
+    query text NOT NULL DEFAULT ''
+);
+REVOKE ALL ON warden.sink_here FROM PUBLIC;
+COMMENT ON TABLE warden.sink_here IS 'Sinks to which this database ships, with the query strings of their URLs. No dump holds it: a restored sink waits for warden.enable_sink()';
+
 -- A dump carries the configuration, but not the cursors: they belong to this ledger.
 SELECT pg_catalog.pg_extension_config_dump('warden.sink', '');
 SELECT pg_catalog.pg_extension_config_dump('warden.sink_id_seq', '');
@@ -53,6 +64,7 @@ SELECT pg_catalog.pg_extension_config_dump('warden.sink_id_seq', '');
 CREATE TRIGGER config_changed
     AFTER INSERT OR UPDATE OR DELETE OR TRUNCATE ON warden.sink
     FOR EACH STATEMENT EXECUTE FUNCTION warden.config_changed();
+ALTER TABLE warden.sink ENABLE ALWAYS TRIGGER config_changed;
 
 CREATE FUNCTION warden.sink_address(url text) RETURNS text
     LANGUAGE c IMMUTABLE STRICT PARALLEL SAFE AS 'MODULE_PATHNAME', 'sink_address_wrapper';
@@ -97,9 +109,15 @@ BEGIN
         RAISE EXCEPTION 'another sink already writes to "%"', address
             USING ERRCODE = 'duplicate_object', HINT = 'Use another file name.';
     END IF;
-    INSERT INTO warden.sink (name, url, batch_events, batch_bytes, ship_from)
-        VALUES (add_sink.name, address, add_sink.batch_events, add_sink.batch_bytes,
-            CASE WHEN add_sink.from_now THEN clock_timestamp() ELSE '-infinity' END);
+    WITH s AS (
+        INSERT INTO warden.sink (name, url, has_query, batch_events, batch_bytes, ship_from)
+            VALUES (add_sink.name, split_part(address, '?', 1), strpos(address, '?') > 0,
+                add_sink.batch_events, add_sink.batch_bytes,
+                CASE WHEN add_sink.from_now THEN clock_timestamp() ELSE '-infinity' END)
+            RETURNING id
+    )
+    INSERT INTO warden.sink_here (sink, query)
+        SELECT s.id, substr(address, length(split_part(address, '?', 1)) + 1) FROM s;
     PERFORM warden.wake_shipper();
 END
 $$;
@@ -109,6 +127,7 @@ COMMENT ON FUNCTION warden.add_sink(text, text, integer, integer, boolean) IS
 CREATE FUNCTION warden.drop_sink(name text) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
+    DELETE FROM warden.sink_here h USING warden.sink s WHERE s.id = h.sink AND s.name = drop_sink.name;
     DELETE FROM warden.sink s WHERE s.name = drop_sink.name;
     IF NOT FOUND THEN
         RAISE EXCEPTION 'sink "%" does not exist', drop_sink.name
@@ -122,6 +141,17 @@ COMMENT ON FUNCTION warden.drop_sink(text) IS 'Stops shipping to a sink and forg
 CREATE FUNCTION warden.enable_sink(name text) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
+    IF EXISTS (
+        SELECT FROM warden.sink s WHERE s.name = enable_sink.name AND s.has_query
+           AND NOT EXISTS (SELECT FROM warden.sink_here h WHERE h.sink = s.id)
+    ) THEN
+        RAISE EXCEPTION 'the query string of the URL of sink "%" is missing', enable_sink.name
+            USING ERRCODE = 'object_not_in_prerequisite_state',
+                  DETAIL = 'A dump does not carry it: it may hold a token.',
+                  HINT = 'Remove the sink with warden.drop_sink, and add it again.';
+    END IF;
+    INSERT INTO warden.sink_here (sink) SELECT s.id FROM warden.sink s WHERE s.name = enable_sink.name
+        ON CONFLICT DO NOTHING;
     UPDATE warden.sink s SET enabled = true, resumed_at = clock_timestamp()
         WHERE s.name = enable_sink.name;
     IF NOT FOUND THEN
@@ -156,9 +186,9 @@ GRANT EXECUTE ON FUNCTION
 CREATE VIEW warden.sink_status AS
 SELECT
     s.name,
-    CASE WHEN pg_catalog.strpos(s.url, '?') > 0
-        THEN pg_catalog.split_part(s.url, '?', 1) || '?...' ELSE s.url END AS url,
+    CASE WHEN s.has_query THEN s.url || '?...' ELSE s.url END AS url,
     CASE WHEN NOT s.enabled THEN 'disabled'
+        WHEN here.sink IS NULL THEN 'restored'
         WHEN coalesce(c.failures, 0) > 0 THEN 'retrying'
         WHEN h.seq > coalesce(c.delivered_seq, 0) THEN 'shipping'
         ELSE 'up to date' END AS state,
@@ -173,6 +203,7 @@ SELECT
     c.next_retry
 FROM warden.sink s
 LEFT JOIN warden.sink_cursor c ON c.sink = s.id
+LEFT JOIN warden.sink_here here ON here.sink = s.id
 CROSS JOIN (SELECT coalesce((SELECT e.seq FROM warden.event e ORDER BY e.seq DESC LIMIT 1), 0) AS seq) h
 LEFT JOIN LATERAL (
     SELECT e.at FROM warden.event e WHERE e.seq > coalesce(c.delivered_seq, 0) ORDER BY e.seq LIMIT 1
@@ -182,7 +213,7 @@ REVOKE ALL ON warden.sink_status FROM PUBLIC;
 GRANT SELECT ON warden.sink_status TO warden_auditor, warden_admin;
 COMMENT ON VIEW warden.sink_status IS 'One row a sink: how far it has got, what it lacks, and why';
 COMMENT ON COLUMN warden.sink_status.url IS 'Where to; a query string is not shown';
-COMMENT ON COLUMN warden.sink_status.state IS 'disabled, retrying, shipping or up to date';
+COMMENT ON COLUMN warden.sink_status.state IS 'disabled, restored (from a dump: it waits for warden.enable_sink), retrying, shipping or up to date';
 COMMENT ON COLUMN warden.sink_status.delivered_seq IS 'The sink has acknowledged every event up to this one';
 COMMENT ON COLUMN warden.sink_status.lag_events IS 'Events in the ledger that the sink has not acknowledged';
 COMMENT ON COLUMN warden.sink_status.oldest_unacknowledged IS 'When the first of them happened';

@@ -22,10 +22,15 @@ extension_sql_file!(
     requires = ["ledger"]
 );
 extension_sql_file!(
+    "../sql/18_references.sql",
+    name = "references",
+    requires = ["journal"]
+);
+extension_sql_file!(
     "../sql/20_masking.sql",
     name = "masking",
     requires = [
-        "journal",
+        "references",
         partial_email,
         partial_phone,
         partial_card,
@@ -63,5 +68,5 @@ pub extern "C-unwind" fn _PG_init() {
 /// The version of the library that is loaded.
 #[pg_extern(immutable, parallel_safe)]
 fn version() -> &'static str {
-    env!("CARGO_PKG_VERSION")
+    pg::version::LIBRARY
 }

@@ -37,6 +37,16 @@ pub struct Config {
     tcp: bool,
     lines: String,
     environment: Vec<(String, PathBuf)>,
+    server: Option<String>,
+    source: Source,
+}
+
+/// Where a data directory comes from.
+#[derive(Debug, Clone)]
+enum Source {
+    Template,
+    Initdb,
+    Copy(PathBuf),
 }
 
 impl Config {
@@ -48,7 +58,30 @@ impl Config {
             tcp: false,
             lines: String::new(),
             environment: vec![],
+            server: None,
+            source: Source::Template,
         }
+    }
+
+    /// Another server than that of the other tests, by its pg_config.
+    #[must_use]
+    pub fn server(mut self, pg_config: &str) -> Self {
+        self.server = Some(pg_config.to_owned());
+        self
+    }
+
+    /// A copy of this data directory, instead of a fresh one.
+    #[must_use]
+    pub fn copy_of(mut self, data: &Path) -> Self {
+        self.source = Source::Copy(data.to_owned());
+        self
+    }
+
+    /// A cluster with a system identifier of its own; the others share their template's.
+    #[must_use]
+    pub fn initdb(mut self) -> Self {
+        self.source = Source::Initdb;
+        self
     }
 
     /// Listen on 127.0.0.1 too.
@@ -82,8 +115,10 @@ struct Server {
 }
 
 impl Server {
-    fn find() -> Result<Self> {
-        let config = std::env::var("WARDEN_PG_CONFIG").unwrap_or_else(|_| "pg_config".into());
+    fn find(config: Option<String>) -> Result<Self> {
+        let config = config
+            .or_else(|| std::env::var("WARDEN_PG_CONFIG").ok())
+            .unwrap_or_else(|| "pg_config".into());
         let ask = |what: &str| -> Result<String> {
             let out = Command::new(&config)
                 .arg(what)
@@ -150,15 +185,21 @@ impl Cluster {
 
     /// A cluster with these settings, and without the extension.
     pub async fn start(config: Config) -> Result<Self> {
+        let mut cluster = Self::create(config)?;
+        cluster.up().await?;
+        Ok(cluster)
+    }
+
+    /// As [`Cluster::start`], but stopped.
+    pub fn create(config: Config) -> Result<Self> {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
-        let server = Server::find()?;
+        let server = Server::find(config.server.clone())?;
         let unique = format!(
             "{}-{}",
             std::process::id(),
             NUMBER.fetch_add(1, Ordering::Relaxed)
         );
         let home = home()?;
-        let template = template(&server, &home)?;
         let data = home.join(&unique);
         let socket = std::env::temp_dir().join(format!("warden-{unique}"));
         let mut cluster = Self {
@@ -169,10 +210,13 @@ impl Cluster {
             environment: vec![],
             postmaster: None,
         };
-        copy(&template, &cluster.data)?;
+        match &config.source {
+            Source::Template => copy(&template(&cluster.server, &home)?, &cluster.data)?,
+            Source::Initdb => initdb(&cluster.server, &cluster.data)?,
+            Source::Copy(data) => copy(data, &cluster.data)?,
+        }
         own_directory(&cluster.socket)?;
         cluster.configure(config)?;
-        cluster.up().await?;
         Ok(cluster)
     }
 
@@ -441,6 +485,34 @@ impl Cluster {
             out.status.success(),
             String::from_utf8_lossy(&text).into_owned(),
         ))
+    }
+
+    /// Runs pg_upgrade, from a stopped cluster into this one, which has never run.
+    pub fn upgrade_from(&self, old: &Self) -> Result {
+        if self.major()? >= 18 {
+            // This version's are on by themselves, and pg_upgrade wants both to be alike.
+            done(
+                self.server
+                    .command("pg_checksums")
+                    .arg("--disable")
+                    .arg(&self.data),
+            )?;
+        }
+        done(
+            self.server
+                .command("pg_upgrade")
+                .current_dir(&self.socket)
+                .args(["-U", "postgres", "-b"])
+                .arg(&old.server.bin)
+                .arg("-B")
+                .arg(&self.server.bin)
+                .arg("-d")
+                .arg(&old.data)
+                .arg("-D")
+                .arg(&self.data)
+                .arg("-s")
+                .arg(&self.socket),
+        )
     }
 
     /// Waits until a condition holds.
@@ -713,6 +785,12 @@ fn template(server: &Server, home: &Path) -> Result<PathBuf> {
     }
     let fresh = home.join(format!("fresh-{}", server.version));
     drop(fs::remove_dir_all(&fresh));
+    initdb(server, &fresh)?;
+    fs::rename(&fresh, &path)?;
+    Ok(path)
+}
+
+fn initdb(server: &Server, path: &Path) -> Result {
     done(
         server
             .command("initdb")
@@ -726,17 +804,16 @@ fn template(server: &Server, home: &Path) -> Result<PathBuf> {
                 "--locale=C",
                 "-D",
             ])
-            .arg(&fresh),
+            .arg(path),
     )?;
     // Kills of processes, and not of machines, are what these tests do.
-    let mut conf = fs::read_to_string(fresh.join("postgresql.conf"))?;
+    let mut conf = fs::read_to_string(path.join("postgresql.conf"))?;
     conf.push_str(
         "fsync = off\nshared_buffers = '32MB'\nmax_connections = 40\nlog_line_prefix = '%m [%p] %q%u@%d '
 max_worker_processes = 16\nlog_statement_stats = off\nlc_messages = 'C'\ntimezone = 'UTC'\n",
     );
-    fs::write(fresh.join("postgresql.conf"), conf)?;
-    fs::rename(&fresh, &path)?;
-    Ok(path)
+    fs::write(path.join("postgresql.conf"), conf)?;
+    Ok(())
 }
 
 fn copy(from: &Path, to: &Path) -> Result {
@@ -750,7 +827,8 @@ fn copy(from: &Path, to: &Path) -> Result {
 
 fn done(command: &mut Command) -> Result {
     let out = command.output().with_context(|| format!("{command:?}"))?;
-    let errors = String::from_utf8_lossy(&out.stderr);
-    ensure!(out.status.success(), "{command:?} failed: {errors}");
+    let text = [out.stdout, out.stderr].concat();
+    let text = String::from_utf8_lossy(&text);
+    ensure!(out.status.success(), "{command:?} failed: {text}");
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! SQL functions of the ledger. Declared in `sql/10_ledger.sql`.
 
-use crate::pg::{exclusions, journal, ledger_table, parameters};
+use crate::pg::{exclusions, journal, ledger_table, parameters, version};
 use pgrx::prelude::*;
 
 /// `warden.event_detail(kind, payload)`.
@@ -41,6 +41,7 @@ fn ledger_verify(
         name!(problem, Option<String>),
     ),
 > {
+    version::require_same();
     let verdict = ledger_table::verify(from_seq.unwrap_or(1), to_seq);
     let (first_bad, problem) = verdict.problem.unzip();
     TableIterator::once((problem.is_none(), verdict.checked, first_bad, problem))

@@ -3,4 +3,5 @@
 mod journal;
 mod ledger;
 mod masks;
+mod reference;
 pub mod sinks;

@@ -10,7 +10,7 @@ use crate::pg::raise::unpack_sqlstate;
 use crate::pg::record::{count_unrecorded, now};
 use crate::pg::session::{self, text};
 use crate::pg::shared::{self, shared};
-use crate::pg::{failures, hooks, journal, port, refusals};
+use crate::pg::{failures, hooks, journal, port, refusals, withhold};
 use crate::settings;
 use pgrx::pg_sys;
 use std::ffi::{c_int, c_void};
@@ -87,7 +87,10 @@ unsafe extern "C-unwind" fn authentication(port: *mut pg_sys::Port, status: c_in
             prev(port, status);
         }
         match status {
-            STATUS_OK => watch(),
+            STATUS_OK => {
+                watch();
+                withhold::watch();
+            }
             STATUS_ERROR => quietly(unspoken_failure),
             // The client went away, as psql does to ask for a password.
             _ => {}

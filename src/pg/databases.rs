@@ -14,8 +14,11 @@ static CHANGED: Local<bool> = Local::new(false);
 static PAUSED: Local<u32> = Local::new(0);
 static RENAMED: Local<bool> = Local::new(false);
 
-/// CREATE or DROP EXTENSION has run; what it means is known when the transaction commits.
+/// CREATE, ALTER or DROP EXTENSION has run; what it means is known when the transaction commits.
 pub fn extension_changed() {
+    // Every session reads again what is configured, by the new version's tables.
+    // SAFETY: in a transaction; takes effect when it commits.
+    unsafe { pg_sys::CacheInvalidateRelcacheAll() };
     CHANGED.set(true);
 }
 

@@ -8,7 +8,7 @@
 use crate::pg::local::Local;
 use crate::pg::raise::unpack_sqlstate;
 use crate::pg::shape::{self, statement_text};
-use crate::pg::{chain, fastpath, hooks, record, transaction};
+use crate::pg::{chain, fastpath, hooks, record, transaction, withhold};
 use pgrx::pg_sys;
 use std::ffi::c_int;
 
@@ -64,7 +64,18 @@ pub fn reported(error: &pg_sys::ErrorData) {
 
 /// A transaction is rolled back: by an error, or by ROLLBACK.
 pub fn transaction_rolled_back() {
+    rolled_back(STATE.with(Option::take));
+}
+
+/// A savepoint is rolled back, perhaps by an error; or an exception block, which runs inside a statement.
+pub fn subtransaction_rolled_back() {
     let failure = STATE.with(Option::take);
+    if failure.is_some() || withhold::at_the_top() {
+        rolled_back(failure);
+    }
+}
+
+fn rolled_back(failure: Option<Failure>) {
     // PostgreSQL forgets its query string before it aborts the transaction of a failed statement, and
     // only then: a ROLLBACK still has it.
     // SAFETY: reads a variable of this process.
@@ -80,13 +91,6 @@ pub fn transaction_rolled_back() {
         })
     });
     if let Some(failure) = failure {
-        failure.record();
-    }
-}
-
-/// A savepoint is rolled back, perhaps by the error that was reported.
-pub fn subtransaction_rolled_back() {
-    if let Some(failure) = STATE.with(Option::take) {
         failure.record();
     }
 }

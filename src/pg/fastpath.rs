@@ -129,7 +129,7 @@ unsafe extern "C-unwind" fn begin(function: pg_sys::Oid, refused: *mut Option<Ra
                         std::slice::from_ref(&name),
                     )
                 },
-                |_| Vec::new(),
+                |_, _| {},
             )
         };
         match (decision, begun) {

@@ -9,7 +9,7 @@ use crate::pg::raise::{self, Raised};
 use crate::pg::record::{self, Begun};
 use crate::pg::shape::{self, statement_text};
 use crate::pg::{
-    chain, classes, databases, exclusions, failures, fastpath, identity, local::Local, mask,
+    chain, classes, databases, drops, exclusions, failures, fastpath, identity, local::Local, mask,
     parallel, parameters, policy, rules, transaction, worker,
 };
 use pgrx::{pg_guard, pg_sys};
@@ -40,6 +40,11 @@ unsafe extern "C-unwind" {
         query: *mut pg_sys::QueryDesc,
         direction: pg_sys::ScanDirection::Type,
         count: u64,
+    );
+    fn MemoryContextAlloc(context: pg_sys::MemoryContext, size: usize) -> *mut c_void;
+    fn MemoryContextRegisterResetCallback(
+        context: pg_sys::MemoryContext,
+        callback: *mut pg_sys::MemoryContextCallback,
     );
     fn standard_ExecutorFinish(query: *mut pg_sys::QueryDesc);
     fn standard_ExecutorEnd(query: *mut pg_sys::QueryDesc);
@@ -138,7 +143,7 @@ unsafe extern "C-unwind" fn before_planner(
                     false,
                     true,
                     |dest| shape::utility(dest, command, sql, &[], &[]),
-                    |_| Vec::new(),
+                    |_, _| {},
                 );
                 record::blocked(begun.unwrap_or(Begun::UNRECORDED), &refusal);
                 *refused = Some(raise::prepare(&refusal));
@@ -161,7 +166,7 @@ unsafe extern "C-unwind" fn after_planner(
     unsafe {
         mask::annotate(stmt, notes);
         let sql = statement_text(source, (*stmt).stmt_location, (*stmt).stmt_len);
-        mask::note_shape(stmt, shape::plan_key(stmt, sql));
+        mask::note_shape(stmt, shape::of_plan(stmt, sql));
     }
 }
 
@@ -182,7 +187,8 @@ unsafe extern "C-unwind" fn executor_start(query: *mut pg_sys::QueryDesc, eflags
             None => standard_ExecutorStart(query, eflags),
         });
         if failed {
-            rethrow(failed_query(query));
+            failed_query(query);
+            chain::rethrow();
         }
         if recorded {
             watch(query);
@@ -224,12 +230,13 @@ unsafe extern "C-unwind" fn before_start(
         }
         let class = classes::of_planned(stmt);
         let depth = enter_commit((*query).dest);
+        let shape = notes.shape.unwrap_or_else(|| shape::of_plan(stmt, sql()));
         let begun = record::begin(
             class,
             false,
             notes.masked,
-            |dest| shape::planned(dest, stmt, notes.shape, sql),
-            |shape| parameters::planned(shape, stmt, (*query).params, sql),
+            |dest| shape::planned(dest, stmt, shape.key, sql),
+            |_, out| parameters::planned(shape, stmt, (*query).params, sql, out),
         );
         record::leave_failed(depth);
         match (decision, begun) {
@@ -284,18 +291,19 @@ pub fn check_identity(renews: impl FnOnce() -> bool) -> Result<(), Refusal> {
 }
 
 /// Hangs our state on the query's memory: a query that is abandoned never reaches ExecutorEnd.
-#[pg_guard]
-unsafe extern "C-unwind" fn watch(query: *mut pg_sys::QueryDesc) {
+///
+/// # Safety
+/// Of a query that has been started. An error passes through here: no destructor may wait.
+unsafe fn watch(query: *mut pg_sys::QueryDesc) {
     // SAFETY: the executor has just made the context; the callback lives in it.
     unsafe {
         let context = (*(*query).estate).es_query_cxt;
-        let callback =
-            pg_sys::MemoryContextAlloc(context, size_of::<pg_sys::MemoryContextCallback>())
-                .cast::<pg_sys::MemoryContextCallback>();
+        let callback = MemoryContextAlloc(context, size_of::<pg_sys::MemoryContextCallback>())
+            .cast::<pg_sys::MemoryContextCallback>();
         (*callback).func = Some(abandoned);
         (*callback).arg = query.cast();
         (*callback).next = std::ptr::null_mut();
-        pg_sys::MemoryContextRegisterResetCallback(context, callback);
+        MemoryContextRegisterResetCallback(context, callback);
     }
 }
 
@@ -305,27 +313,8 @@ unsafe extern "C-unwind" fn abandoned(arg: *mut c_void) {
 }
 
 #[pg_guard]
-unsafe extern "C-unwind" fn failed_query(query: *mut pg_sys::QueryDesc) -> *mut pg_sys::ErrorData {
+unsafe extern "C-unwind" fn failed_query(query: *mut pg_sys::QueryDesc) {
     record::detach(query, Outcome::Failed, Some(chain::caught_sqlstate()));
-    if passes() {
-        return std::ptr::null_mut();
-    }
-    // SAFETY: an error is being handled.
-    unsafe { mask::scrubbed_error() }
-}
-
-/// Sends the caught error on: as it was, or without the DETAIL that may not be shown.
-///
-/// # Safety
-/// As [`chain::rethrow`].
-unsafe fn rethrow(scrubbed: *mut pg_sys::ErrorData) -> ! {
-    // SAFETY: see above.
-    unsafe {
-        if scrubbed.is_null() {
-            chain::rethrow();
-        }
-        mask::rethrow(scrubbed)
-    }
 }
 
 /// The rows that a failed run had sent: the client has them.
@@ -354,9 +343,9 @@ unsafe fn run_inside(query: *mut pg_sys::QueryDesc, shows: bool, f: impl FnOnce(
             if shows {
                 add_rows_shown(query);
             }
-            let scrubbed = failed_query(query);
+            failed_query(query);
             record::leave_failed(depth);
-            rethrow(scrubbed);
+            chain::rethrow();
         }
     }
     record::leave(depth);
@@ -459,19 +448,21 @@ unsafe extern "C-unwind" fn process_utility(
             raise::raise(refused);
         }
         let depth = record::enter(d.begun.intent);
+        let dropping = drops::enter((*stmt).utilityStmt);
         let failed = chain::call(|| match PREV_UTILITY {
             Some(prev) => prev(d.stmt, source, read_only, context, params, env, dest, qc),
             None => {
                 standard_ProcessUtility(d.stmt, source, read_only, context, params, env, dest, qc);
             }
         });
+        drops::leave(dropping);
         if d.paused {
             databases::resume();
         }
         if failed {
-            let scrubbed = failed_utility(&d.begun);
+            failed_utility(&d.begun);
             record::leave_failed(depth);
-            rethrow(scrubbed);
+            chain::rethrow();
         }
         after_utility(&d, qc);
         record::leave(depth);
@@ -497,7 +488,7 @@ unsafe extern "C-unwind" fn before_utility(
         let utility = rules::examine(node);
         let installed = policy::installed();
         if installed && pg_sys::IsTransactionState() {
-            // So that they are known if the command fails: no catalog can be read then.
+            // So that they are known if the command, or the commit, fails: see `withhold`.
             policy::masks();
         }
         let decision = if installed {
@@ -520,7 +511,7 @@ unsafe extern "C-unwind" fn before_utility(
                     let u = &utility;
                     shape::utility(dest, &u.command, sql, &u.targets, &u.functions)
                 },
-                |shape| parameters::utility(shape, &utility.command, sql),
+                |shape, out| parameters::utility(shape, &utility.command, sql, out),
             );
             record::leave_failed(depth);
             begun
@@ -546,21 +537,14 @@ unsafe extern "C-unwind" fn before_utility(
 }
 
 #[pg_guard]
-unsafe extern "C-unwind" fn failed_utility(begun: *const Begun) -> *mut pg_sys::ErrorData {
+unsafe extern "C-unwind" fn failed_utility(begun: *const Begun) {
     // SAFETY: the trampoline's.
     let begun = unsafe { *begun };
-    record::end(
-        begun,
-        Outcome::Failed,
-        Some(chain::caught_sqlstate()),
-        -1,
-        "",
-    );
-    if passes() {
-        return std::ptr::null_mut();
-    }
-    // SAFETY: an error is being handled.
-    unsafe { mask::scrubbed_error() }
+    let (outcome, rule) = match drops::refused_by() {
+        Some(rule) => (Outcome::Blocked, rule),
+        None => (Outcome::Failed, String::new()),
+    };
+    record::end(begun, outcome, Some(chain::caught_sqlstate()), -1, &rule);
 }
 
 #[pg_guard]

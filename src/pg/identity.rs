@@ -238,6 +238,8 @@ pub unsafe extern "C-unwind" fn warden_logout(_fcinfo: pg_sys::FunctionCallInfo)
 /// Why a token gives no identity.
 enum Refused {
     Token(TokenError),
+    /// A dump carries no secrets: the issuer's was not put in again.
+    NoSecret,
     /// The issuer's entry was written past `warden.add_issuer()`.
     Entry,
 }
@@ -252,6 +254,10 @@ impl From<Refused> for Refusal {
     fn from(refused: Refused) -> Self {
         let (detail, hint) = match refused {
             Refused::Token(e) => (sentence(&e.to_string()), e.hint()),
+            Refused::NoSecret => (
+                "The secret of the token's issuer is missing: a dump does not carry it.".to_owned(),
+                "A member of warden_admin can put it in again with warden.add_issuer().",
+            ),
             Refused::Entry => (
                 "The entry of the token's issuer in warden.issuer is not valid.".to_owned(),
                 "A member of warden_admin can replace it with warden.add_issuer().",
@@ -290,21 +296,38 @@ fn find_issuer(name: &str) -> Result<Issuer, Refused> {
     if let Some(table) = scan::warden_table("issuer") {
         scan::scan_table(table, |row| {
             if row.text("issuer").as_deref() == Some(name) {
-                found = Some(read_issuer(row));
+                let secret = row.text("algorithm").as_deref() == Some(Algorithm::Hs256.name());
+                let key = if secret {
+                    find_secret(name)
+                } else {
+                    row.text("key")
+                };
+                found = Some(match key {
+                    None if !secret => Err(Refused::Entry),
+                    Some(key) => read_issuer(row, &key).ok_or(Refused::Entry),
+                    None => Err(Refused::NoSecret),
+                });
             }
         });
     }
-    match found {
-        None => Err(TokenError::UnknownIssuer.into()),
-        Some(entry) => entry.ok_or(Refused::Entry),
-    }
+    found.unwrap_or_else(|| Err(TokenError::UnknownIssuer.into()))
 }
 
-fn read_issuer(row: &scan::Row) -> Option<Issuer> {
+fn find_secret(issuer: &str) -> Option<String> {
+    let mut found = None;
+    scan::scan_table(scan::warden_table("issuer_secret")?, |row| {
+        if row.text("issuer").as_deref() == Some(issuer) {
+            found = row.text("secret");
+        }
+    });
+    found
+}
+
+fn read_issuer(row: &scan::Row, key: &str) -> Option<Issuer> {
     let algorithm = Algorithm::parse(&row.text("algorithm")?)?;
     Some(Issuer {
         issuer: row.text("issuer")?,
-        key: Key::parse(algorithm, &row.text("key")?).ok()?,
+        key: Key::parse(algorithm, key).ok()?,
         audience: row.text("audience")?,
         kind: ActorKind::parse(&row.text("kind")?)?,
         leeway: u32::try_from(row.i32("leeway_seconds")?).ok()?,

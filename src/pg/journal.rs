@@ -2,7 +2,8 @@
 //!
 //! A sequence of positions (u64), cut into segment files of 16 MiB that are preallocated and mapped.
 //! Owns the directory `warden.journal_directory`: `control` (the cluster's identity and the
-//! journal's secrets), `databases` (the governed databases) and `<number>.seg`.
+//! journal's secrets), `databases` (the governed databases), `recovery` ([`origin`]) and
+//! `<number>.seg`.
 //!
 //! Append is one atomic reservation, a copy, and a release-store of the frame's first word. A frame
 //! never crosses a segment; what is left of one is a pad frame, or nothing if it is too short for a
@@ -11,6 +12,7 @@
 //! Never waits and never raises an ERROR: the caller decides what a full journal means.
 
 use crate::pg::local::Local;
+use crate::pg::origin;
 use crate::pg::shared::{Shared, available, shared};
 use crate::settings;
 use memmap2::{Mmap, MmapMut, MmapOptions};
@@ -468,6 +470,7 @@ pub fn startup() {
         );
         return;
     }
+    origin::note_start(tail());
     for (database, name) in read_databases() {
         let database = pg_sys::Oid::from(database);
         sh.govern(database);
@@ -588,7 +591,7 @@ fn set_aside(dir: &Path) -> io::Result<()> {
     let names = found
         .iter()
         .map(|s| format!("{s:016x}.seg"))
-        .chain(["control".to_owned()]);
+        .chain(["control", "databases", "recovery"].map(String::from));
     for name in names {
         let _ = fs::rename(dir.join(&name), aside.join(&name));
     }
@@ -600,7 +603,8 @@ fn set_aside(dir: &Path) -> io::Result<()> {
     Ok(())
 }
 
-fn write_durably(path: &Path, bytes: &[u8]) -> io::Result<()> {
+/// Replaces a file, and has it on disk.
+pub fn write_durably(path: &Path, bytes: &[u8]) -> io::Result<()> {
     write_durably_with(path, bytes, File::sync_all)
 }
 

@@ -18,6 +18,7 @@ use warden_core::connection::{ConnectionFacts, ConnectionRow, Ending};
 use warden_core::event::{Event, EventKind};
 use warden_core::join::{Batch, Directory, OpenIntent, SessionRow, StatementRow, TransactionRow};
 use warden_core::ledger::{Chain, ChainError, Hash, ORIGIN};
+use warden_core::sink::{Limits, Stored as Record};
 
 /// Events of a partition.
 const PARTITION: i64 = 1 << 24;
@@ -179,7 +180,7 @@ impl Ledger {
             let n = events.partition_point(|(e, _)| partition(e.seq) == number);
             let (here, later) = events.split_at(n);
             let rows = here.iter().map(|(e, hash)| event_values(e, hash));
-            insert(self.require(&partition_name(number)), rows);
+            insert_as(self.require(&partition_name(number)), rows, Keys::Ascending);
             events = later;
         }
         if !batch.sessions.is_empty() {
@@ -427,8 +428,24 @@ fn find<R>(
     }
 }
 
+/// What is known of the keys of rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Keys {
+    Any,
+    /// Each is greater than those before it, so that all are unique if the first and the last are.
+    Ascending,
+}
+
 /// Inserts rows of N columns, in order, into the table and its indexes.
-fn insert<const N: usize>(oid: pg_sys::Oid, mut rows: impl Iterator<Item = [Value; N]>) {
+fn insert<const N: usize>(oid: pg_sys::Oid, rows: impl Iterator<Item = [Value; N]>) {
+    insert_as(oid, rows, Keys::Any);
+}
+
+fn insert_as<const N: usize>(
+    oid: pg_sys::Oid,
+    mut rows: impl Iterator<Item = [Value; N]>,
+    keys: Keys,
+) {
     let table = Table::open(oid, pg_sys::RowExclusiveLock);
     let mut slots: Vec<*mut pg_sys::TupleTableSlot> = Vec::new();
     // SAFETY: every slot is made for this table and has N columns; slots and indexes are released
@@ -439,11 +456,16 @@ fn insert<const N: usize>(oid: pg_sys::Oid, mut rows: impl Iterator<Item = [Valu
             pgrx::error!("pg_warden: a table of the ledger has {columns} columns, not {N}");
         }
         let indexes = pg_sys::CatalogOpenIndexes(table.0);
+        // A copy: nobody counts its references, once for each slot.
+        let desc = pg_sys::CreateTupleDescCopy((*table.0).rd_att);
         loop {
             let mut n = 0;
             for row in rows.by_ref().take(ROWS) {
                 if n == slots.len() {
-                    slots.push(pg_sys::table_slot_create(table.0, std::ptr::null_mut()));
+                    slots.push(pg_sys::MakeSingleTupleTableSlot(
+                        desc,
+                        &raw const pg_sys::TTSOpsVirtual,
+                    ));
                 }
                 let slot = slots[n];
                 pg_sys::ExecClearTuple(slot);
@@ -458,7 +480,7 @@ fn insert<const N: usize>(oid: pg_sys::Oid, mut rows: impl Iterator<Item = [Valu
                 break;
             }
             let (table, first) = (table.0, slots.as_mut_ptr());
-            pg_sys::ffi::pg_guard_ffi_boundary(|| insert_slots(table, indexes, first, n));
+            pg_sys::ffi::pg_guard_ffi_boundary(|| insert_slots(table, indexes, first, n, keys));
         }
         pg_sys::CatalogCloseIndexes(indexes);
         for slot in slots {
@@ -515,6 +537,7 @@ unsafe fn insert_slots(
     indexes: pg_sys::CatalogIndexState,
     slots: *mut *mut pg_sys::TupleTableSlot,
     n: usize,
+    keys: Keys,
 ) {
     use pg_sys::IndexUniqueCheck::{UNIQUE_CHECK_NO, UNIQUE_CHECK_YES};
     // SAFETY: see above. heap_multi_insert leaves each row's place in its slot.
@@ -526,10 +549,13 @@ unsafe fn insert_slots(
         for i in 0..(*indexes).ri_NumIndices as usize {
             let index = *(*indexes).ri_IndexRelationDescs.add(i);
             let info = *(*indexes).ri_IndexRelationInfo.add(i);
-            let check = if (*info).ii_Unique {
-                UNIQUE_CHECK_YES
-            } else {
-                UNIQUE_CHECK_NO
+            let check = |number: usize| {
+                let end = number == 0 || number == n - 1;
+                if (*info).ii_Unique && (end || keys == Keys::Any) {
+                    UNIQUE_CHECK_YES
+                } else {
+                    UNIQUE_CHECK_NO
+                }
             };
             let (v, null) = (values.as_mut_ptr(), nulls.as_mut_ptr());
             let form = |number: usize| {
@@ -539,7 +565,7 @@ unsafe fn insert_slots(
             };
             let enter = |number: usize| {
                 let (place, _) = form(number);
-                raw::index_insert(index, v, null, place, table, check, false, info);
+                raw::index_insert(index, v, null, place, table, check(number), false, info);
             };
             if (*(*index).rd_rel).relam != pg_sys::BRIN_AM_OID {
                 (0..n).for_each(enter);
@@ -638,18 +664,28 @@ fn session_values(r: &SessionRow) -> [Value; 18] {
 
 fn transaction_values(r: &TransactionRow) -> [Value; 5] {
     let f = &r.facts;
-    let ranges: Vec<i64> = f
-        .rolled_back
-        .iter()
-        .flat_map(|(first, last)| [i64::from(*first), i64::from(*last)])
-        .collect();
     [
         r.id.into_datum(),
         (f.xid as i64).into_datum(),
         f.committed.into_datum(),
         i64::from(f.unknown_from).into_datum(),
-        ranges.into_datum(),
+        multirange(&f.rolled_back),
     ]
+}
+
+/// An `int8multirange` of ranges, ends included.
+fn multirange(ranges: &[(u32, u32)]) -> Value {
+    let ranges: Vec<String> = ranges.iter().map(|(a, b)| format!("[{a},{b}]")).collect();
+    let text = CString::new(format!("{{{}}}", ranges.join(","))).unwrap_or_default();
+    // SAFETY: the type's own input function, in a transaction.
+    Some(unsafe {
+        pg_sys::OidInputFunctionCall(
+            pg_sys::F_MULTIRANGE_IN.into(),
+            text.as_ptr().cast_mut(),
+            pg_sys::INT8MULTIRANGEOID,
+            -1,
+        )
+    })
 }
 
 fn statement_values(r: &StatementRow) -> [Value; 10] {
@@ -856,6 +892,23 @@ fn walk(from: i64, to: Option<i64>, checked: &mut i64) -> Check {
     }
 }
 
+/// The events that follow `after`: about as many as one batch takes, at least one if there is any.
+/// Connected to SPI.
+pub fn events_after(after: i64, limits: Limits) -> Vec<Record> {
+    let mut rows = Stream::open(EVENTS, after.saturating_add(1), i64::MAX);
+    let (mut found, mut bytes) = (Vec::new(), 0);
+    while found.len() < limits.events && bytes < limits.bytes {
+        // No column can be NULL.
+        let Some((event, hash)) = rows.next::<11>().and_then(|row| event_of(&row)) else {
+            break;
+        };
+        bytes += event.payload.len();
+        found.push(Record { event, hash });
+    }
+    rows.close();
+    found
+}
+
 /// The hash of the event before `from`.
 fn before(from: i64) -> Result<Hash, (i64, String)> {
     if from == 1 {
@@ -1015,6 +1068,17 @@ impl Stream {
             next: 0,
             count: 0,
             ended: false,
+        }
+    }
+
+    /// Frees what the end of the transaction would free.
+    fn close(self) {
+        // SAFETY: opened by `open`; nothing that was fetched is used any more.
+        unsafe {
+            if !self.fetched.is_null() {
+                pg_sys::SPI_freetuptable(self.fetched);
+            }
+            pg_sys::SPI_cursor_close(self.portal);
         }
     }
 

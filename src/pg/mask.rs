@@ -11,14 +11,20 @@
 
 use crate::error::{Refusal, RefusalCode};
 use crate::pg::compat::pointers;
-use crate::pg::policy::{self, Masks, RelMasks};
+use crate::pg::policy::{self, Masks, RelMasks, Unreadable};
 use crate::pg::session::text;
-use crate::pg::{identity, scan, shape};
+use crate::pg::shape::PlanShape;
+use crate::pg::walk::{
+    self, expression_tree_mutator, expression_tree_walker, guarded, query_tree_mutator,
+    query_tree_walker,
+};
+use crate::pg::{identity, reference, scan, shape, version, withhold};
 use pgrx::pg_guard;
 use pgrx::pg_sys::{self, NodeTag as T, Oid};
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::rc::Rc;
 use warden_core::guardrail::label;
+use warden_core::reference::Reference;
 
 /// `cacheId` of the note that carries flags.
 const NOTE_FLAGS: c_int = -1;
@@ -96,11 +102,63 @@ pub unsafe fn mask_query(
         out: Rewritten::default(),
         refusal: None,
     };
-    // SAFETY: a valid query; the context outlives the walk.
-    unsafe { walk_query(parse, &mut walk) };
+    // SAFETY: a valid query. Those that are inside of others come first: afterwards what holds them may
+    // be a copy, and the subqueries that we make are not looked at again.
+    unsafe {
+        let queries: Vec<_> = pointers(walk::queries(parse)).collect();
+        for query in queries.into_iter().rev() {
+            walk_query(query, &mut walk);
+        }
+    }
+    // What refreshes a materialized view is its owner, whatever the session says.
+    // SAFETY: reads variables of this process.
+    let complete = unsafe { !pg_sys::row_security && !pg_sys::InSecurityRestrictedOperation() };
     match walk.refusal {
         Some(refusal) => Err(refusal),
+        None if complete && !walk.out.masked.is_empty() => Err(incomplete(&walk.out.masked[0])),
         None => Ok(walk.out),
+    }
+}
+
+/// Nobody can say what must be masked: after a restore, or with another library.
+fn unreadable(why: &Unreadable<'_>) -> Refusal {
+    let (message, detail, hint) = match why {
+        Unreadable::NoColumn(target) => (
+            format!("the mask of {target} has no such column to mask"),
+            "What it was to hide may be there under another name, so nothing is read.",
+            "A member of warden_admin can mask the right column with warden.mask(), \
+             and remove this mask with warden.unmask().",
+        ),
+        Unreadable::Outdated(version) => (
+            version::problem(version),
+            "What is masked cannot be told, so nothing is read.",
+            version::HINT,
+        ),
+    };
+    Refusal {
+        code: RefusalCode::Blocked,
+        message,
+        detail: detail.into(),
+        hint: hint.into(),
+        rule: "mask".into(),
+    }
+}
+
+/// Who says `row_security = off`, as pg_dump does, wants what is stored, or an error.
+fn incomplete(masked: &Annotation) -> Refusal {
+    let target = Reference::Column(masked.relation.to_u32(), masked.attribute);
+    let target = reference::names(target).print();
+    Refusal {
+        code: RefusalCode::Blocked,
+        message: format!(
+            "{} is masked for this role",
+            String::from_utf8_lossy(&target)
+        ),
+        detail: "With row_security = off, masks are not read in place of what is stored.".into(),
+        hint: "To dump what is stored, use a role that warden.unmask_for() exempts; \
+               to dump masks, pg_dump --enable-row-security."
+            .into(),
+        rule: "mask".into(),
     }
 }
 
@@ -118,8 +176,7 @@ struct Job {
 }
 
 unsafe fn walk_query(q: *mut pg_sys::Query, w: &mut Walk) {
-    // SAFETY: a valid query tree, walked with PostgreSQL's own walker, which reaches sublinks, CTEs,
-    // function and values entries, security quals, ON CONFLICT, MERGE actions and RETURNING.
+    // SAFETY: a valid query.
     unsafe {
         let excluded = if (*q).onConflict.is_null() {
             0
@@ -130,62 +187,50 @@ unsafe fn walk_query(q: *mut pg_sys::Query, w: &mut Walk) {
         let mut jobs = Vec::new();
         for (i, rte) in entries.into_iter().enumerate() {
             let rti = i as u32 + 1;
-            match (*rte).rtekind {
-                pg_sys::RTEKind::RTE_RELATION if rti == excluded => {}
-                pg_sys::RTEKind::RTE_RELATION => {
-                    let Some(masks) = masks_of(w, (*rte).relid) else {
-                        continue;
-                    };
-                    w.out.by_role = true;
-                    if !w.apply {
-                        continue;
-                    }
-                    if rti == (*q).resultRelation as u32 {
-                        mask_target(q, rti, (*rte).relid, &masks, w);
-                    } else {
-                        jobs.push(Job {
-                            rti,
-                            rte,
-                            masks,
-                            system: Vec::new(),
-                        });
-                    }
-                }
-                pg_sys::RTEKind::RTE_SUBQUERY => walk_query((*rte).subquery, w),
-                _ => {}
+            if (*rte).rtekind != pg_sys::RTEKind::RTE_RELATION || rti == excluded {
+                continue;
+            }
+            let Some(masks) = masks_of(w, (*rte).relid) else {
+                continue;
+            };
+            w.out.by_role = true;
+            if !w.apply {
+                continue;
+            }
+            let only_filled = rti == (*q).resultRelation as u32
+                && (*q).commandType == pg_sys::CmdType::CMD_INSERT
+                && (*q).onConflict.is_null()
+                && (*q).returningList.is_null();
+            if let Some(why) = w.masks.unreadable((*rte).relid).filter(|_| !only_filled) {
+                w.refusal = Some(unreadable(&why));
+                continue;
+            }
+            if rti == (*q).resultRelation as u32 {
+                mask_target(q, rti, (*rte).relid, &masks, w);
+            } else {
+                jobs.push(Job {
+                    rti,
+                    rte,
+                    masks,
+                    system: Vec::new(),
+                });
             }
         }
         if !jobs.is_empty() {
             number_system_columns(q, &mut jobs);
         }
         for job in &jobs {
-            // First what hides in the entry: afterwards it is a subquery, and those are not walked
-            // again.
-            walk_node((*job.rte).securityQuals.cast(), w);
-            walk_node((*job.rte).tablesample.cast(), w);
             mask_entry(q, job, w);
         }
-        pg_sys::query_tree_walker(
-            q,
-            Some(walker),
-            std::ptr::from_mut(w).cast(),
-            pg_sys::QTW_IGNORE_RT_SUBQUERIES as c_int,
-        );
     }
 }
 
 /// A subquery has no system columns: those that are read become ordinary ones, after the others.
 unsafe fn number_system_columns(q: *mut pg_sys::Query, jobs: &mut [Job]) {
     let mut numbering = Numbering { jobs, depth: 0 };
+    let context = (&raw mut numbering).cast();
     // SAFETY: a valid query; the context outlives the walk.
-    unsafe {
-        pg_sys::query_tree_walker(
-            q,
-            Some(number),
-            std::ptr::from_mut(&mut numbering).cast(),
-            0,
-        );
-    }
+    unsafe { guarded(|| query_tree_walker(q, Some(number), context, 0)) };
 }
 
 struct Numbering<'a> {
@@ -193,7 +238,6 @@ struct Numbering<'a> {
     depth: u32,
 }
 
-#[pg_guard]
 unsafe extern "C-unwind" fn number(n: *mut pg_sys::Node, context: *mut c_void) -> bool {
     // SAFETY: called with our context by PostgreSQL's walkers; a Var that is met twice has its new
     // number by then.
@@ -201,33 +245,43 @@ unsafe extern "C-unwind" fn number(n: *mut pg_sys::Node, context: *mut c_void) -
         if n.is_null() {
             return false;
         }
-        let s = &mut *context.cast::<Numbering<'_>>();
         match (*n).type_ {
             T::T_Var => {
-                let v = n.cast::<pg_sys::Var>();
-                if (*v).varattno >= 0 || (*v).varlevelsup != s.depth {
-                    return false;
-                }
-                if let Some(job) = s.jobs.iter_mut().find(|j| j.rti == (*v).varno as u32) {
-                    let attribute = (*v).varattno;
-                    let known = job.system.iter().position(|a| *a == attribute);
-                    let index = known.unwrap_or_else(|| {
-                        job.system.push(attribute);
-                        job.system.len() - 1
-                    });
-                    let natts = crate::pg::compat::natts((*job.rte).relid);
-                    (*v).varattno = (natts + 1 + index as i16) as _;
+                if (*n.cast::<pg_sys::Var>()).varattno < 0 {
+                    renumber(n.cast(), context.cast());
                 }
                 false
             }
             T::T_Query => {
-                s.depth += 1;
-                let stop = pg_sys::query_tree_walker(n.cast(), Some(number), context, 0);
+                (*context.cast::<Numbering<'_>>()).depth += 1;
+                let stop = query_tree_walker(n.cast(), Some(number), context, 0);
                 (*context.cast::<Numbering<'_>>()).depth -= 1;
                 stop
             }
-            _ => pg_sys::expression_tree_walker(n, Some(number), context),
+            _ => expression_tree_walker(n, Some(number), context),
         }
+    }
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn renumber(v: *mut pg_sys::Var, context: *mut Numbering<'_>) {
+    // SAFETY: a valid Var, and the context of `number`.
+    unsafe {
+        let s = &mut *context;
+        if (*v).varlevelsup != s.depth {
+            return;
+        }
+        let Some(job) = s.jobs.iter_mut().find(|j| j.rti == (*v).varno as u32) else {
+            return;
+        };
+        let attribute = (*v).varattno;
+        let known = job.system.iter().position(|a| *a == attribute);
+        let index = known.unwrap_or_else(|| {
+            job.system.push(attribute);
+            job.system.len() - 1
+        });
+        let natts = crate::pg::compat::natts((*job.rte).relid);
+        (*v).varattno = (natts + 1 + index as i16) as _;
     }
 }
 
@@ -237,28 +291,6 @@ fn masks_of(w: &Walk, relation: Oid) -> Option<Rc<RelMasks>> {
         return Some(Rc::new(Vec::new()));
     }
     w.masks.of(relation)
-}
-
-unsafe fn walk_node(node: *mut pg_sys::Node, w: &mut Walk) {
-    // SAFETY: a valid node or null.
-    unsafe {
-        walker(node, std::ptr::from_mut(w).cast());
-    }
-}
-
-#[pg_guard]
-unsafe extern "C-unwind" fn walker(node: *mut pg_sys::Node, context: *mut c_void) -> bool {
-    // SAFETY: called by PostgreSQL's walkers with our context.
-    unsafe {
-        if node.is_null() {
-            return false;
-        }
-        if (*node).type_ == T::T_Query {
-            walk_query(node.cast(), &mut *context.cast::<Walk>());
-            return false;
-        }
-        pg_sys::expression_tree_walker(node, Some(walker), context)
-    }
 }
 
 /// Turns a relation's entry into a subquery over itself.
@@ -681,7 +713,7 @@ unsafe fn generated(
             masks,
             like: None,
         };
-        replace(expr, std::ptr::from_mut(&mut r).cast()).cast()
+        r.run(expr).cast()
     }
 }
 
@@ -696,27 +728,15 @@ struct Replace<'a> {
     like: Option<*mut pg_sys::Var>,
 }
 
-type Mutator = unsafe extern "C-unwind" fn(*mut pg_sys::Node, *mut c_void) -> *mut pg_sys::Node;
-
-// pgrx's declarations differ between servers; an error in them is raised through pgrx's boundary by
-// the guarded callback, which is the only thing that they call.
-unsafe extern "C-unwind" {
-    #[cfg_attr(not(feature = "pg15"), link_name = "expression_tree_mutator_impl")]
-    fn expression_tree_mutator(
-        node: *mut pg_sys::Node,
-        mutator: Option<Mutator>,
-        context: *mut c_void,
-    ) -> *mut pg_sys::Node;
-    #[cfg_attr(not(feature = "pg15"), link_name = "query_tree_mutator_impl")]
-    fn query_tree_mutator(
-        query: *mut pg_sys::Query,
-        mutator: Option<Mutator>,
-        context: *mut c_void,
-        flags: c_int,
-    ) -> *mut pg_sys::Query;
+impl Replace<'_> {
+    /// A copy of a tree, with the Vars replaced.
+    unsafe fn run(&mut self, n: *mut pg_sys::Node) -> *mut pg_sys::Node {
+        let context = std::ptr::from_mut(self).cast();
+        // SAFETY: a valid tree or null; the context outlives the walk.
+        unsafe { guarded(|| replace(n, context)) }
+    }
 }
 
-#[pg_guard]
 unsafe extern "C-unwind" fn replace(
     n: *mut pg_sys::Node,
     context: *mut c_void,
@@ -726,26 +746,38 @@ unsafe extern "C-unwind" fn replace(
         if n.is_null() {
             return n;
         }
-        let r = &mut *context.cast::<Replace<'_>>();
+        let r = context.cast::<Replace<'_>>();
         match (*n).type_ {
             T::T_Var => {
                 let v = n.cast::<pg_sys::Var>();
-                if (*v).varno as c_int == r.varno && (*v).varlevelsup == r.depth {
-                    if (*v).varattno == 0 {
-                        return whole_row(v, r).cast();
-                    }
-                    return column(r.like.unwrap_or(v), (*v).varattno, r).cast();
+                if (*v).varno as c_int == (*r).varno && (*v).varlevelsup == (*r).depth {
+                    return replacement(v, r);
                 }
-                pg_sys::copyObjectImpl(n.cast()).cast()
+                walk::copy(n.cast()).cast()
             }
             T::T_Query => {
-                r.depth += 1;
+                (*r).depth += 1;
                 let q = query_tree_mutator(n.cast(), Some(replace), context, 0);
-                (*context.cast::<Replace<'_>>()).depth -= 1;
+                (*r).depth -= 1;
                 q.cast()
             }
             _ => expression_tree_mutator(n, Some(replace), context),
         }
+    }
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn replacement(
+    v: *mut pg_sys::Var,
+    r: *mut Replace<'_>,
+) -> *mut pg_sys::Node {
+    // SAFETY: a Var of the open relation, and the context of `replace`.
+    unsafe {
+        let r = &*r;
+        if (*v).varattno == 0 {
+            return whole_row(v, r).cast();
+        }
+        column(r.like.unwrap_or(v), (*v).varattno, r).cast()
     }
 }
 
@@ -779,7 +811,7 @@ unsafe fn column(v: *mut pg_sys::Var, number: i16, r: &Replace<'_>) -> *mut pg_s
             masks: r.masks,
             like: Some(v),
         };
-        replace(expr, std::ptr::from_mut(&mut like).cast()).cast()
+        like.run(expr).cast()
     }
 }
 
@@ -813,19 +845,54 @@ unsafe fn whole_row(v: *mut pg_sys::Var, r: &Replace<'_>) -> *mut pg_sys::RowExp
     }
 }
 
-/// The columns that a relation's row-level security policies look at.
-unsafe fn row_security_columns(rel: pg_sys::Relation) -> Vec<i32> {
-    // SAFETY: an open relation; its policies speak of it as relation 1.
+/// How many of a target's security conditions are of its row-level security policies.
+unsafe fn policy_conditions(
+    q: *mut pg_sys::Query,
+    rti: u32,
+    target: *mut pg_sys::RangeTblEntry,
+    rel: pg_sys::Relation,
+) -> usize {
+    // SAFETY: a valid query and its target, an open relation. The rewriter has asked the same.
     unsafe {
-        let mut used = std::ptr::null_mut();
-        if (*(*rel).rd_rel).relrowsecurity && !(*rel).rd_rsdesc.is_null() {
-            let policies = (*(*rel).rd_rsdesc).policies;
-            for policy in pointers::<pg_sys::RowSecurityPolicy>(policies) {
-                pg_sys::pull_varattnos((*policy).qual.cast(), 1, &mut used);
+        if !(*(*rel).rd_rel).relrowsecurity || (*target).securityQuals.is_null() {
+            return 0;
+        }
+        let mut conditions = std::ptr::null_mut();
+        let mut checks = std::ptr::null_mut();
+        let mut applies = false;
+        let mut has_sublinks = false;
+        pg_sys::get_row_security_policies(
+            q,
+            target,
+            rti as c_int,
+            &mut conditions,
+            &mut checks,
+            &mut applies,
+            &mut has_sublinks,
+        );
+        length(conditions) as usize
+    }
+}
+
+/// The masked columns of a relation, and the generated ones that are made from them, which tell as much.
+unsafe fn sensitive(rel: pg_sys::Relation, masks: &RelMasks) -> RelMasks {
+    let mut found = masks.clone();
+    // SAFETY: an open relation; expressions of generated columns speak of it as number 1.
+    unsafe {
+        let desc = (*rel).rd_att;
+        for i in 0..(*desc).natts {
+            let a = &*scan::attribute(desc, i as usize);
+            if a.attgenerated == 0 || a.attisdropped {
+                continue;
+            }
+            let mut r = Reads::new(1, masks);
+            r.look(pg_sys::build_column_default(rel, i + 1), 0);
+            if r.found {
+                found.push(((i + 1) as i16, pg_sys::InvalidOid));
             }
         }
-        crate::pg::compat::attributes(used)
     }
+    found
 }
 
 /// Looks for reads of a target's masked columns.
@@ -836,16 +903,34 @@ struct Reads<'a> {
     found: bool,
 }
 
-#[pg_guard]
+impl<'a> Reads<'a> {
+    fn new(varno: c_int, masks: &'a RelMasks) -> Self {
+        Self {
+            varno,
+            depth: 0,
+            masks,
+            found: false,
+        }
+    }
+
+    /// Looks into a tree that is `depth` levels below the query of the target.
+    unsafe fn look(&mut self, n: *mut pg_sys::Node, depth: u32) {
+        self.depth = depth;
+        let context = std::ptr::from_mut(self).cast();
+        // SAFETY: a valid tree or null; the context outlives the walk.
+        unsafe { guarded(|| reads(n, context)) };
+    }
+}
+
 unsafe extern "C-unwind" fn reads(n: *mut pg_sys::Node, context: *mut c_void) -> bool {
     // SAFETY: called with our context, directly or by PostgreSQL's walkers.
     unsafe {
         if n.is_null() {
             return false;
         }
-        let r = &mut *context.cast::<Reads<'_>>();
         match (*n).type_ {
             T::T_Var => {
+                let r = &mut *context.cast::<Reads<'_>>();
                 let v = n.cast::<pg_sys::Var>();
                 let ours = (*v).varno as c_int == r.varno && (*v).varlevelsup == r.depth;
                 let read = (*v).varattno == 0 || r.masks.iter().any(|(m, _)| *m == (*v).varattno);
@@ -853,12 +938,12 @@ unsafe extern "C-unwind" fn reads(n: *mut pg_sys::Node, context: *mut c_void) ->
                 r.found
             }
             T::T_Query => {
-                r.depth += 1;
-                let stop = pg_sys::query_tree_walker(n.cast(), Some(reads), context, 0);
+                (*context.cast::<Reads<'_>>()).depth += 1;
+                let stop = query_tree_walker(n.cast(), Some(reads), context, 0);
                 (*context.cast::<Reads<'_>>()).depth -= 1;
                 stop
             }
-            _ => pg_sys::expression_tree_walker(n, Some(reads), context),
+            _ => expression_tree_walker(n, Some(reads), context),
         }
     }
 }
@@ -875,88 +960,47 @@ unsafe fn mask_target(
     // SAFETY: a valid query; the relation is locked by it.
     unsafe {
         let rel = pg_sys::table_open(relid, pg_sys::NoLock as _);
-        // A generated column made from masked ones tells as much as they do.
-        let mut sensitive: RelMasks = (**masks).clone();
-        let desc = (*rel).rd_att;
-        for i in 0..(*desc).natts {
-            let a = &*scan::attribute(desc, i as usize);
-            if a.attgenerated == 0 || a.attisdropped {
-                continue;
-            }
-            let expr = pg_sys::build_column_default(rel, i + 1);
-            let mut r = Reads {
-                varno: 1,
-                depth: 0,
-                masks,
-                found: false,
-            };
-            if !expr.is_null() {
-                reads(expr, std::ptr::from_mut(&mut r).cast());
-            }
-            if r.found {
-                sensitive.push(((i + 1) as i16, pg_sys::InvalidOid));
-            }
-        }
-        let mut r = Reads {
-            varno: rti as c_int,
-            depth: 0,
-            masks: &sensitive,
-            found: false,
-        };
-        let context = std::ptr::from_mut(&mut r).cast::<c_void>();
+        let sensitive = sensitive(rel, masks);
+        let mut r = Reads::new(rti as c_int, &sensitive);
         for part in [
             (*q).targetList.cast::<pg_sys::Node>(),
             (*q).jointree.cast(),
             (*q).mergeActionList.cast(),
         ] {
-            reads(part, context);
+            r.look(part, 0);
         }
         let upsert = (*q).onConflict;
         if !upsert.is_null() {
             // The columns of the conflict itself are no more than the unique constraint tells.
-            reads((*upsert).onConflictSet.cast(), context);
-            reads((*upsert).onConflictWhere, context);
+            r.look((*upsert).onConflictSet.cast(), 0);
+            r.look((*upsert).onConflictWhere, 0);
         }
         // A view's check of a row that was there before is a condition on it.
         if !upsert.is_null() || (*q).commandType != pg_sys::CmdType::CMD_INSERT {
             for check in pointers::<pg_sys::WithCheckOption>((*q).withCheckOptions) {
                 if (*check).kind == pg_sys::WCOKind::WCO_VIEW_CHECK {
-                    reads((*check).qual, context);
+                    r.look((*check).qual, 0);
                 }
             }
         }
         #[cfg(any(feature = "pg17", feature = "pg18"))]
-        reads((*q).mergeJoinCondition, context);
+        r.look((*q).mergeJoinCondition, 0);
         // Subqueries and functions in FROM may refer to the target.
         for (i, rte) in pointers::<pg_sys::RangeTblEntry>((*q).rtable).enumerate() {
             if i as u32 + 1 != rti && (*rte).rtekind != pg_sys::RTEKind::RTE_RELATION {
-                r.depth = 1;
-                reads((*rte).subquery.cast(), std::ptr::from_mut(&mut r).cast());
-                r.depth = 0;
-                reads((*rte).functions.cast(), std::ptr::from_mut(&mut r).cast());
+                r.look((*rte).subquery.cast(), 0);
+                r.look((*rte).functions.cast(), 0);
             }
         }
-        // Conditions of security barrier views, but not those of row-level security: that is the
-        // owner's, who may look at anything.
-        let by_policy = row_security_columns(rel);
-        let condition: RelMasks = sensitive
-            .iter()
-            .filter(|(m, _)| !by_policy.contains(&i32::from(*m)))
-            .copied()
-            .collect();
+        // Conditions of security barrier views, but not those of row-level security, which come first:
+        // that is the owner's.
         let target =
             pg_sys::list_nth((*q).rtable, rti as c_int - 1).cast::<pg_sys::RangeTblEntry>();
-        let mut barrier = Reads {
-            varno: rti as c_int,
-            depth: 0,
-            masks: &condition,
-            found: false,
-        };
-        reads(
-            (*target).securityQuals.cast(),
-            std::ptr::from_mut(&mut barrier).cast(),
-        );
-        if r.found || barrier.found {
+        let by_policy = policy_conditions(q, rti, target, rel);
+        for condition in pointers((*target).securityQuals).skip(by_policy) {
+            r.look(condition, 0);
+        }
+        if r.found {
             w.refusal = Some(Refusal {
                 code: RefusalCode::Blocked,
                 message: format!(
@@ -986,16 +1030,8 @@ unsafe fn return_masks(
 ) {
     // SAFETY: as in `mask_target`.
     unsafe {
-        let mut seen = Reads {
-            varno: rti as c_int,
-            depth: 0,
-            masks: sensitive,
-            found: false,
-        };
-        reads(
-            (*q).returningList.cast(),
-            std::ptr::from_mut(&mut seen).cast(),
-        );
+        let mut seen = Reads::new(rti as c_int, sensitive);
+        seen.look((*q).returningList.cast(), 0);
         if !seen.found {
             return;
         }
@@ -1006,8 +1042,7 @@ unsafe fn return_masks(
             masks: sensitive,
             like: None,
         };
-        let list = replace((*q).returningList.cast(), std::ptr::from_mut(&mut r).cast());
-        (*q).returningList = list.cast();
+        (*q).returningList = r.run((*q).returningList.cast()).cast();
         for (attribute, function) in sensitive {
             if *function != pg_sys::InvalidOid {
                 note(w, (*rel).rd_id, *attribute, *function);
@@ -1107,7 +1142,7 @@ unsafe fn is_integrity_check(q: *mut pg_sys::Query, source: *const c_char) -> bo
         let spi = pg_sys::error_context_stack;
         if spi.is_null()
             || (*spi).arg.is_null()
-            || (!(*spi).previous.is_null() && is_foreign((*(*spi).previous).callback))
+            || (!withhold::ends((*spi).previous) && is_foreign((*(*spi).previous).callback))
         {
             return false;
         }
@@ -1151,16 +1186,14 @@ unsafe fn compares_keys(q: *mut pg_sys::Query) -> bool {
     // SAFETY: a valid query; the context outlives the walk.
     unsafe {
         let quals = (*(*q).jointree).quals;
-        !quals.is_null()
-            && !is_no_comparison(quals, std::ptr::from_mut(&mut parameters).cast())
-            && parameters
+        let context = (&raw mut parameters).cast();
+        !quals.is_null() && !guarded(|| is_no_comparison(quals, context)) && parameters
     }
 }
 
 /// Range && range, of pg_operator.dat: how keys WITHOUT OVERLAPS are compared.
 const RANGE_OVERLAPS: Oid = Oid::from_u32(3888);
 
-#[pg_guard]
 unsafe extern "C-unwind" fn is_no_comparison(n: *mut pg_sys::Node, context: *mut c_void) -> bool {
     // SAFETY: called with our context, directly or by PostgreSQL's walkers.
     unsafe {
@@ -1192,18 +1225,22 @@ unsafe extern "C-unwind" fn is_no_comparison(n: *mut pg_sys::Node, context: *mut
                 }
             }
             T::T_OpExpr => {
-                // Only a superuser makes an operator the equality of an operator family.
                 let operator = (*n.cast::<pg_sys::OpExpr>()).opno;
-                if operator != RANGE_OVERLAPS
-                    && pg_sys::get_mergejoin_opfamilies(operator).is_null()
-                {
+                if operator != RANGE_OVERLAPS && !is_equality(operator) {
                     return true;
                 }
             }
             _ => return true,
         }
-        pg_sys::expression_tree_walker(n, Some(is_no_comparison), context)
+        expression_tree_walker(n, Some(is_no_comparison), context)
     }
+}
+
+/// Only a superuser makes an operator the equality of an operator family.
+#[pg_guard]
+unsafe extern "C-unwind" fn is_equality(operator: Oid) -> bool {
+    // SAFETY: a catalog look-up.
+    unsafe { !pg_sys::get_mergejoin_opfamilies(operator).is_null() }
 }
 
 /// Whether a function is not the server's own: a procedural language's, say.
@@ -1326,15 +1363,17 @@ pub unsafe fn annotate(stmt: *mut pg_sys::PlannedStmt, notes: *mut pg_sys::List)
     }
 }
 
-/// Puts the key of its shape into a planned statement, so that no execution has to find it again.
+/// Puts its shape into a planned statement, so that no execution has to find it again.
 ///
 /// # Safety
 /// `stmt` is a valid PlannedStmt.
-pub unsafe fn note_shape(stmt: *mut pg_sys::PlannedStmt, key: u64) {
+pub unsafe fn note_shape(stmt: *mut pg_sys::PlannedStmt, shape: PlanShape) {
+    // The key's highest bit is free.
+    let high = (shape.key >> 32) as u32 | u32::from(shape.literals) << 31;
     // SAFETY: a valid statement; items without a matching cache are never looked at.
     unsafe {
-        let list = add_note((*stmt).invalItems, NOTE_SHAPE[0], key as u32);
-        (*stmt).invalItems = add_note(list, NOTE_SHAPE[1], (key >> 32) as u32);
+        let list = add_note((*stmt).invalItems, NOTE_SHAPE[0], shape.key as u32);
+        (*stmt).invalItems = add_note(list, NOTE_SHAPE[1], high);
     }
 }
 
@@ -1358,8 +1397,8 @@ unsafe fn inlines_masked(stmt: *mut pg_sys::PlannedStmt) -> bool {
 pub struct Notes {
     pub labels: Vec<&'static str>,
     pub masked: bool,
-    /// The key of its shape, if it was planned with us.
-    pub shape: Option<u64>,
+    /// Its shape, if it was planned with us.
+    pub shape: Option<PlanShape>,
 }
 
 /// Reads the notes of a planned statement.
@@ -1388,7 +1427,10 @@ pub unsafe fn read_notes(stmt: *mut pg_sys::PlannedStmt) -> Notes {
         }
         notes.masked |= id < NOTE_COLUMN;
     }
-    notes.shape = (shape != 0).then_some(shape);
+    notes.shape = (shape != 0).then_some(PlanShape {
+        key: shape & (u64::MAX >> 1),
+        literals: shape >> 63 != 0,
+    });
     notes
 }
 
@@ -1701,76 +1743,4 @@ unsafe fn language_of(function: Oid) -> Oid {
         pg_sys::ReleaseSysCache(tuple);
         language
     }
-}
-
-// ---------------------------------------------------------------------------------------------- errors
-
-unsafe extern "C-unwind" {
-    fn ReThrowError(error: *mut pg_sys::ErrorData) -> !;
-}
-
-/// The error that is being handled, with its DETAIL withheld, if it may show what is masked: rows in
-/// the DETAIL of a constraint's error, whatever the server's log settings are. Null if it may pass.
-///
-/// # Safety
-/// Between [`crate::pg::chain::call`] and its end, in a transaction that has not been aborted yet.
-pub unsafe fn scrubbed_error() -> *mut pg_sys::ErrorData {
-    let code = crate::pg::raise::unpack_sqlstate(crate::pg::chain::caught_sqlstate());
-    let Some(masks) = policy::last_masks() else {
-        return std::ptr::null_mut();
-    };
-    // Integrity constraints, and WITH CHECK OPTION.
-    if !(code.starts_with(b"23") || &code == b"44000") || masks.is_empty() {
-        return std::ptr::null_mut();
-    }
-    // SAFETY: the copy goes to a context that outlives the error; flushing empties the error's own.
-    unsafe {
-        let old = pg_sys::CurrentMemoryContext;
-        pg_sys::CurrentMemoryContext = if pg_sys::MessageContext.is_null() {
-            pg_sys::TopMemoryContext
-        } else {
-            pg_sys::MessageContext
-        };
-        let error = pg_sys::CopyErrorData();
-        let shown =
-            (*error).detail.is_null() || !names_masked(&masks, error) || masks.exempts_client();
-        if shown {
-            pg_sys::FreeErrorData(error);
-            pg_sys::CurrentMemoryContext = old;
-            return std::ptr::null_mut();
-        }
-        (*error).detail =
-            pg_sys::pstrdup(c"The row is not shown: the table has masked columns.".as_ptr());
-        (*error).detail_log = std::ptr::null_mut();
-        pg_sys::FlushErrorState();
-        pg_sys::CurrentMemoryContext = old;
-        error
-    }
-}
-
-/// Whether an error is about a masked relation: it says so itself, or its message names one, as a
-/// foreign key's does, whose own table is the other one.
-unsafe fn names_masked(masks: &Masks, error: *mut pg_sys::ErrorData) -> bool {
-    // SAFETY: strings of PostgreSQL, or null.
-    unsafe {
-        if (*error).table_name.is_null() {
-            return true;
-        }
-        let table = (text((*error).schema_name), text((*error).table_name));
-        let message = text((*error).message);
-        masks.names.contains(&table)
-            || masks
-                .names
-                .iter()
-                .any(|(_, name)| message.contains(&format!("\"{name}\"")))
-    }
-}
-
-/// Raises an error of [`scrubbed_error`].
-///
-/// # Safety
-/// With nothing alive that has a destructor.
-pub unsafe fn rethrow(error: *mut pg_sys::ErrorData) -> ! {
-    // SAFETY: a copy of the error that was being handled.
-    unsafe { ReThrowError(error) }
 }

@@ -4,6 +4,7 @@
 //! identity nor its statement. So nothing may run there that runs statements of its own: functions
 //! of users in languages other than C and internal, and constraints of domains, which call them.
 
+use crate::pg::walk::{expression_tree_walker, query_tree_walker};
 use pgrx::pg_sys::{self, NodeTag as T};
 use pgrx::{pg_guard, pg_sys::Oid};
 use std::ffi::{c_int, c_void};
@@ -27,23 +28,8 @@ impl Calls {
     }
 }
 
-type Walker = unsafe extern "C-unwind" fn(*mut pg_sys::Node, *mut c_void) -> bool;
-
-// Raw: an error leaves by longjmp, over frames that own nothing.
+// Raw: see `walk`.
 unsafe extern "C-unwind" {
-    #[cfg_attr(not(feature = "pg15"), link_name = "expression_tree_walker_impl")]
-    fn expression_tree_walker(
-        node: *mut pg_sys::Node,
-        walker: Option<Walker>,
-        context: *mut c_void,
-    ) -> bool;
-    #[cfg_attr(not(feature = "pg15"), link_name = "query_tree_walker_impl")]
-    fn query_tree_walker(
-        query: *mut pg_sys::Query,
-        walker: Option<Walker>,
-        context: *mut c_void,
-        flags: c_int,
-    ) -> bool;
     fn check_functions_in_node(
         node: *mut pg_sys::Node,
         checker: pg_sys::check_function_callback,

@@ -13,6 +13,7 @@ use crate::pg::local::Local;
 use crate::pg::policy;
 use crate::pg::record;
 use crate::pg::session::text;
+use crate::pg::shape::{ByKey, PlanShape};
 use crate::pg::shared::{self, shared};
 use crate::settings::{self, RecordParameters};
 use pgrx::pg_sys::{self, Datum};
@@ -21,7 +22,7 @@ use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_int};
 use warden_core::parameter::{self, Mode, Tail, Value};
 use warden_core::text::{
-    Backslashes, Literals, find_literals, literal_value, normalise, shape_hash,
+    Backslashes, Literals, ShapeHash, find_literals, literal_value, normalise, shape_hash,
 };
 
 /// Bytes of a value, other than a text, that are turned into text.
@@ -35,7 +36,7 @@ struct State {
     /// Room for literals, used again.
     literals: Literals,
     /// By shape, whether it is about credentials.
-    credentials: Option<HashMap<u64, bool>>,
+    credentials: Option<HashMap<u64, bool, ByKey>>,
     /// The depth of the statement about credentials that runs, or ran last: what runs inside of it
     /// is about the same.
     inside: Option<usize>,
@@ -76,7 +77,7 @@ pub fn backslashes() -> Backslashes {
 }
 
 /// The hash of a statement's normalised text.
-pub fn text_hash(sql: &[u8]) -> u64 {
+pub fn text_hash(sql: &[u8]) -> ShapeHash {
     shape_hash(sql, backslashes(), shared().hash_key())
 }
 
@@ -131,18 +132,19 @@ pub fn is_keyword(word: &[u8]) -> bool {
     unsafe { pg_sys::ScanKeywordLookup(word.as_ptr(), &raw const ScanKeywords) >= 0 }
 }
 
-/// The tail of the intent of a planned statement.
+/// Adds the values of a planned statement to its intent.
 ///
 /// # Safety
 /// `stmt` is a valid PlannedStmt and `params` null or valid, in a transaction.
 pub unsafe fn planned<'a>(
-    shape: u64,
+    shape: PlanShape,
     stmt: *mut pg_sys::PlannedStmt,
     params: pg_sys::ParamListInfo,
     sql: impl Fn() -> &'a [u8],
-) -> Vec<u8> {
+    out: &mut Vec<u8>,
+) {
     let mode = match settings::record_parameters() {
-        RecordParameters::none => return Vec::new(),
+        RecordParameters::none => return,
         RecordParameters::digest => Mode::Digest,
         RecordParameters::all => Mode::All,
         // SAFETY: see above.
@@ -151,13 +153,13 @@ pub unsafe fn planned<'a>(
     };
     // SAFETY: see above.
     let bound = unsafe { bound(params) };
-    collect(shape, mode, bound, sql())
+    collect(shape, mode, bound, sql(), out);
 }
 
-/// The tail of the intent of a utility command.
-pub fn utility(shape: u64, command: &str, sql: &[u8]) -> Vec<u8> {
+/// Adds the values of a utility command to its intent.
+pub fn utility(shape: u64, command: &str, sql: &[u8], out: &mut Vec<u8>) {
     let mode = match settings::record_parameters() {
-        RecordParameters::none => return Vec::new(),
+        RecordParameters::none => return,
         RecordParameters::all => Mode::All,
         // What a procedure does with its arguments is not known.
         RecordParameters::safe if !has_masks() => Mode::Safe,
@@ -166,18 +168,35 @@ pub fn utility(shape: u64, command: &str, sql: &[u8]) -> Vec<u8> {
     if command != "CALL" {
         // What EXECUTE or DO runs comes next.
         enter(|| sql.len() > WORDS_LIMIT || parameter::names_credentials(sql));
-        return Vec::new();
+        return;
     }
-    collect(shape, mode, &[], sql)
+    let shape = PlanShape {
+        key: shape,
+        literals: true,
+    };
+    collect(shape, mode, &[], sql, out);
 }
 
-fn collect(shape: u64, mode: Mode, bound: &[pg_sys::ParamExternData], sql: &[u8]) -> Vec<u8> {
+fn collect(
+    shape: PlanShape,
+    mode: Mode,
+    bound: &[pg_sys::ParamExternData],
+    sql: &[u8],
+    out: &mut Vec<u8>,
+) {
+    // A function of SQL in standard form has no text to search.
+    let about = enter(|| sql.is_empty() || is_about_credentials(shape.key, sql));
+    if bound.is_empty() && !shape.literals {
+        return;
+    }
     let backslashes = backslashes();
     let mut literals = STATE.with(|s| std::mem::take(&mut s.literals));
-    find_literals(sql, backslashes, &mut literals);
-    // A function of SQL in standard form has no text to search.
-    let about = enter(|| sql.is_empty() || is_about_credentials(shape, sql));
-    let mut tail = Tail::new(digest_key());
+    if shape.literals {
+        find_literals(sql, backslashes, &mut literals);
+    } else {
+        literals.clear();
+    }
+    let mut tail = Tail::new(digest_key(), out);
     if bound.is_empty() && literals.count == 0 {
         // Nothing to look at.
     } else if about {
@@ -207,8 +226,8 @@ fn collect(shape: u64, mode: Mode, bound: &[pg_sys::ParamExternData], sql: &[u8]
         }
         tail.leave_out((literals.count - added) as u64);
     }
+    tail.finish();
     STATE.with(|s| s.literals = literals);
-    tail.finish()
 }
 
 /// Whether the statement that begins is about credentials, by itself or by what it runs inside of.

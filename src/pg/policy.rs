@@ -5,8 +5,9 @@
 //! which every backend hears of before its next statement; then everything here is read anew.
 
 use crate::pg::local::Local;
+use crate::pg::reference::{self, Column};
 use crate::pg::session::text;
-use crate::pg::{identity, scan};
+use crate::pg::{identity, scan, version};
 use pgrx::pg_sys;
 use std::collections::{HashMap, HashSet};
 use std::ffi::c_int;
@@ -20,6 +21,10 @@ pub type RelMasks = Vec<(i16, pg_sys::Oid)>;
 pub struct Masks {
     /// As configured, by relation.
     by_relation: HashMap<u32, RelMasks>,
+    /// Relations of which a mask names a column that they do not have, and the mask's target.
+    broken: HashMap<u32, String>,
+    /// The version of the extension, if the library has another one: nothing here is to be relied on.
+    outdated: Option<String>,
     /// Roles whose members read what is stored.
     exempt: Vec<u32>,
     /// `schema`, `table` of every relation through which masked columns can be read.
@@ -32,10 +37,21 @@ pub struct Masks {
     tables: Vec<u32>,
 }
 
+/// Why nothing may be read from a relation.
+pub enum Unreadable<'a> {
+    /// A mask names this column, and the relation, its ancestor or its descendant does not have it:
+    /// nobody can say what must not be read.
+    NoColumn(&'a str),
+    /// The extension in this database has this version, and the library another.
+    Outdated(&'a str),
+}
+
 struct State {
     registered: bool,
     generation: u64,
     schema: Option<pg_sys::Oid>,
+    /// The configuration names something that does not exist: whatever is created may be it.
+    unresolved: bool,
     masks: Option<Rc<Masks>>,
     /// The masks before they were forgotten.
     former: Option<Rc<Masks>>,
@@ -50,6 +66,7 @@ fn with<R>(f: impl FnOnce(&mut State) -> R) -> R {
             registered: false,
             generation: 1,
             schema: None,
+            unresolved: false,
             masks: None,
             former: None,
             by_relation: HashMap::new(),
@@ -76,9 +93,16 @@ pub fn forget() {
     with(|s| {
         s.generation += 1;
         s.schema = None;
+        s.unresolved = false;
         s.former = s.masks.take().or_else(|| s.former.take());
         s.by_relation.clear();
     });
+}
+
+/// Something that the configuration names was not found: it is looked for again whenever a relation
+/// or a role changes.
+pub fn note_unresolved() {
+    with(|s| s.unresolved = true);
 }
 
 fn register() {
@@ -98,6 +122,11 @@ fn register() {
             Some(membership_changed),
             pg_sys::Datum::from(0),
         );
+        pg_sys::CacheRegisterSyscacheCallback(
+            pg_sys::SysCacheIdentifier::AUTHOID as c_int,
+            Some(role_changed),
+            pg_sys::Datum::from(0),
+        );
     }
 }
 
@@ -107,14 +136,22 @@ unsafe extern "C-unwind" fn relation_changed(_arg: pg_sys::Datum, relid: pg_sys:
     // A relation that masks reach may have got a new partition, or lost one.
     let all = relid == pg_sys::InvalidOid
         || with(|s| {
-            s.masks
-                .as_ref()
-                .is_some_and(|m| m.family.contains_key(&key) || m.tables.contains(&key))
+            s.unresolved
+                || s.masks
+                    .as_ref()
+                    .is_some_and(|m| m.family.contains_key(&key) || m.tables.contains(&key))
         });
     if all {
         forget();
     } else {
         with(|s| s.by_relation.remove(&key));
+    }
+}
+
+#[pgrx::pg_guard]
+unsafe extern "C-unwind" fn role_changed(_arg: pg_sys::Datum, _cache: c_int, _hash: u32) {
+    if with(|s| s.unresolved) {
+        forget();
     }
 }
 
@@ -168,18 +205,34 @@ pub fn masks() -> Rc<Masks> {
     if let Some(masks) = with(|s| s.masks.clone()) {
         return masks;
     }
-    let mut masks = Masks::default();
+    let mut masks = Masks {
+        outdated: if installed() {
+            version::other_than_library()
+        } else {
+            None
+        },
+        ..Masks::default()
+    };
     if let Some(table) = scan::warden_table("mask_policy") {
         masks.tables.push(table.to_u32());
         scan::scan_table(table, |row| {
-            if let (Some(relation), Some(attribute), Some(function)) =
-                (row.oid("relation"), row.i16("attnum"), row.oid("function"))
-            {
-                masks
-                    .by_relation
-                    .entry(relation.to_u32())
-                    .or_default()
-                    .push((attribute, function));
+            match row.reference("target").map(|r| reference::column(&r)) {
+                Some(Column::Found(relation, attribute)) => {
+                    let function = row.reference("function");
+                    // Without its function, a masked column is NULL.
+                    let function = function.and_then(|f| reference::function(&f));
+                    let mask = (attribute, function.unwrap_or(pg_sys::InvalidOid));
+                    let masked: &mut RelMasks =
+                        masks.by_relation.entry(relation.to_u32()).or_default();
+                    masked.push(mask);
+                }
+                Some(Column::Missing(relation, target)) => {
+                    let relation = relation.to_u32();
+                    masks.by_relation.entry(relation).or_default();
+                    let target = String::from_utf8_lossy(&target.print()).into_owned();
+                    masks.broken.insert(relation, target);
+                }
+                Some(Column::Nowhere) | None => {}
             }
         });
     }
@@ -188,7 +241,7 @@ pub fn masks() -> Rc<Masks> {
         scan::scan_table(table, |row| {
             masks
                 .exempt
-                .extend(row.oid("role").map(pg_sys::Oid::to_u32));
+                .extend(row.reference("role").map(|r| reference::oid(&r)));
         });
     }
     for policy in masks.by_relation.keys() {
@@ -263,7 +316,7 @@ const INHERITS_BY_RELATION: pg_sys::Oid = pg_sys::Oid::from_u32(2680);
 impl Masks {
     /// Whether nothing is masked in this database.
     pub fn is_empty(&self) -> bool {
-        self.by_relation.is_empty()
+        self.by_relation.is_empty() && self.outdated.is_none()
     }
 
     /// Whether the current identity reads what is stored: it has the privileges of an exempt role,
@@ -308,9 +361,28 @@ impl Masks {
         self.family.keys().map(|r| pg_sys::Oid::from(*r))
     }
 
+    /// Why nothing may be read from a relation.
+    pub fn unreadable(&self, relation: pg_sys::Oid) -> Option<Unreadable<'_>> {
+        if let Some(version) = &self.outdated {
+            let users = relation.to_u32() >= pg_sys::FirstNormalObjectId;
+            return users.then_some(Unreadable::Outdated(version));
+        }
+        if self.broken.is_empty() {
+            return None;
+        }
+        let reached_by = self.family.get(&relation.to_u32())?;
+        let broken = reached_by
+            .iter()
+            .find_map(|policy| self.broken.get(policy))?;
+        Some(Unreadable::NoColumn(broken))
+    }
+
     /// The masks of a relation: its own and, by column name, those of its ancestors and descendants.
     pub fn of(&self, relation: pg_sys::Oid) -> Option<Rc<RelMasks>> {
         let key = relation.to_u32();
+        if self.outdated.is_some() {
+            return self.unreadable(relation).map(|_| Rc::default());
+        }
         let policies = self.family.get(&key)?;
         if let Some(known) = with(|s| s.by_relation.get(&key).cloned()) {
             return known;
@@ -337,7 +409,9 @@ impl Masks {
                 }
             }
         }
-        let found = (!found.is_empty()).then(|| Rc::new(found));
+        // An empty list for a relation that cannot be read.
+        let found =
+            (!found.is_empty() || self.unreadable(relation).is_some()).then(|| Rc::new(found));
         with(|s| {
             if s.generation == generation {
                 s.by_relation.insert(key, found.clone());

@@ -151,14 +151,14 @@ pub fn wake_launcher() {
     }
 }
 
-/// Records that a statement is about to run. `shape` gives the key of its shape for a ledger, and
-/// `values` what is recorded of its values, called after it.
+/// Records that a statement is about to run. `shape` gives the key of its shape for a ledger; `values`
+/// is called after it, and adds what is recorded of its values to the intent.
 pub fn begin(
     class: Class,
     utility: bool,
     masked: bool,
     shape: impl Fn(u32) -> Option<u64>,
-    values: impl Fn(u64) -> Vec<u8>,
+    values: impl Fn(u64, &mut Vec<u8>),
 ) -> Result<Begun, Refusal> {
     let dest = destination();
     if dest == 0 {
@@ -336,13 +336,16 @@ pub fn after_abort() {
     DUE.set(NOTHING_DUE);
 }
 
+/// Room for intents, used again.
+static INTENT: Local<Vec<u8>> = Local::new(Vec::new());
+
 fn append_intent(
     dest: u32,
     at: i64,
     parent: u64,
     bits: u32,
     shape: impl Fn(u32) -> Option<u64>,
-    values: impl Fn(u64) -> Vec<u8>,
+    values: impl Fn(u64, &mut Vec<u8>),
 ) -> Option<u64> {
     report_gap(dest);
     let session = session::key(dest)?;
@@ -355,13 +358,13 @@ fn append_intent(
         parent,
         flags: bits,
     };
-    let fixed = intent.encode();
-    let values = values(shape);
-    if values.is_empty() {
-        return journal::append(FrameKind::Intent, dest, &fixed, false).ok();
-    }
-    let payload = [&fixed[..], &values].concat();
-    journal::append(FrameKind::Intent, dest, &payload, false).ok()
+    let mut payload = INTENT.with(std::mem::take);
+    payload.clear();
+    payload.extend_from_slice(&intent.encode());
+    values(shape, &mut payload);
+    let position = journal::append(FrameKind::Intent, dest, &payload, false).ok();
+    INTENT.with(|i| *i = payload);
+    position
 }
 
 /// Something went on unrecorded: a later frame says so.
@@ -608,7 +611,7 @@ pub fn unseen(utility: bool, sqlstate: c_int, shape: impl Fn(u32) -> Option<u64>
     register_exit();
     let at = now();
     let bits = if utility { flags::UTILITY } else { 0 };
-    match append_intent(dest, at, 0, bits, shape, |_| Vec::new()) {
+    match append_intent(dest, at, 0, bits, shape, |_, _| {}) {
         Some(intent) => end(
             Begun {
                 intent,

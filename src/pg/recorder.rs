@@ -7,8 +7,10 @@
 
 use crate::pg::journal::{self, Cursor, Next};
 use crate::pg::ledger_table::{Ledger, Stored};
+use crate::pg::origin;
 use crate::pg::shared::shared;
 use crate::pg::sqltext::SqlText;
+use crate::pg::version;
 use crate::pg::worker::{self, Role};
 use pgrx::pg_sys;
 use std::sync::atomic::Ordering;
@@ -29,6 +31,7 @@ const UNSAVED: u64 = 1 << 20;
 pub extern "C-unwind" fn pg_warden_recorder_main(arg: pg_sys::Datum) {
     let database = pg_sys::Oid::from(arg.value() as u32);
     worker::attach(database, Role::Recorder);
+    keep_memory();
     let Some(mut recorder) = begin(database) else {
         return;
     };
@@ -50,6 +53,16 @@ pub extern "C-unwind" fn pg_warden_recorder_main(arg: pg_sys::Datum) {
                 pause = (pause * 2).min(LONG_PAUSE);
             }
         }
+    }
+}
+
+/// A batch needs some megabytes, again and again: they are not handed back to the kernel in between.
+fn keep_memory() {
+    const KEPT: i32 = 16 << 20;
+    // SAFETY: parameters of the allocator, before any other thread could exist.
+    unsafe {
+        libc::mallopt(libc::M_TRIM_THRESHOLD, KEPT);
+        libc::mallopt(libc::M_MMAP_THRESHOLD, KEPT);
     }
 }
 
@@ -90,6 +103,7 @@ impl Recorder {
     /// Goes on where the ledger ends; `None` without the extension.
     fn start(database: pg_sys::Oid) -> Option<Self> {
         let ledger = Ledger::open()?;
+        version::require_same();
         let Stored {
             position,
             start,
@@ -105,14 +119,28 @@ impl Recorder {
         let (oldest, tail) = (journal::oldest(), journal::tail());
         let start = start.unwrap_or(oldest);
         let mut joiner = Joiner::new(database.to_u32(), start, chain, at, pending, unsettled);
-        let next = match position {
-            None => {
+        let origin = origin::current();
+        let former = match origin::stored() {
+            Ok(former) => former,
+            Err(e) => pgrx::error!("pg_warden: could not read warden.ledger_origin: {e}"),
+        };
+        let moved = former.filter(|former| *former != origin);
+        let next = match (position, moved) {
+            (Some(saved), Some(former)) => {
+                let facts = origin::moved(former, origin, saved);
+                joiner.moved(&facts, &mut &ledger);
+                if origin::journal_is_new() {
+                    joiner.started(origin::started_at());
+                }
+                facts.to_position
+            }
+            (None, _) => {
                 if events > 0 {
                     joiner.gap(reason::POSITION_LOST, 0, 0, oldest);
                 }
                 oldest
             }
-            Some(saved) if saved > tail || (events > 0 && restarted(database, saved)) => {
+            (Some(saved), None) if saved > tail || (events > 0 && restarted(database, saved)) => {
                 let next = shared()
                     .recovered
                     .load(Ordering::Acquire)
@@ -121,12 +149,18 @@ impl Recorder {
                 joiner.gap(reason::JOURNAL_REPLACED, 0, saved, next);
                 next
             }
-            Some(saved) if saved < oldest => {
+            (Some(saved), None) if saved < oldest => {
                 joiner.gap(reason::JOURNAL_LOST, 0, saved, oldest);
                 oldest
             }
-            Some(saved) => saved,
+            (Some(saved), None) => saved,
         };
+        let start = joiner.start();
+        if former != Some(origin)
+            && let Err(e) = origin::store(origin, events + 1)
+        {
+            pgrx::error!("pg_warden: could not write warden.ledger_origin: {e}");
+        }
         let batch = joiner.take();
         if !batch.is_empty() || position != Some(next) {
             ledger.store(&batch, joiner.chain(), next, start);

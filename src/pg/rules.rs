@@ -17,7 +17,8 @@ use warden_core::event::AccessKind;
 use warden_core::guardrail::{Facts, Rule, Rules, Subject, label};
 
 /// The tables that nobody but the recorder writes.
-const LEDGER: [&str; 8] = [
+const LEDGER: [&str; 9] = [
+    "ledger_origin",
     "session",
     "statement",
     "transaction",
@@ -96,6 +97,15 @@ fn refusal(rule: &Rule, what: &str) -> Refusal {
     }
 }
 
+/// Whether this client's session fires no triggers, those of foreign keys included.
+fn fires_no_triggers() -> bool {
+    // SAFETY: reads variables of this process. The workers of a subscription have it so.
+    unsafe {
+        pg_sys::SessionReplicationRole == pg_sys::SESSION_REPLICATION_ROLE_REPLICA as c_int
+            && pg_sys::MyBackendType == pg_sys::BackendType::B_BACKEND
+    }
+}
+
 fn decide(rules: &Rules, facts: &Facts<'_>) -> Result<(), Refusal> {
     // What an extension's own script does was decided with CREATE EXTENSION.
     // SAFETY: reads a variable of this process.
@@ -142,6 +152,11 @@ pub unsafe fn check_planned(
         labels.push(tag);
     }
     labels.extend(without_where.iter().filter(|l| rules.mention(l)));
+    // However the setting came about: by set_config(), by a role's or a function's settings.
+    let untriggered = modifies && fires_no_triggers() && rules.mention(label::DISABLE_TRIGGER);
+    if untriggered {
+        labels.push(label::DISABLE_TRIGGER);
+    }
     if labels.is_empty() && !modifies {
         return Ok(());
     }
@@ -160,7 +175,8 @@ pub unsafe fn check_planned(
             }
         }
     }
-    if labels.is_empty() || relations.is_empty() && !without_where.is_empty() {
+    let nobodys_loss = relations.is_empty() && (!without_where.is_empty() || untriggered);
+    if labels.is_empty() || nobodys_loss {
         return Ok(());
     }
     decide(&rules, &Facts { labels, relations })
@@ -247,6 +263,7 @@ pub unsafe fn examine(node: *mut pg_sys::Node) -> Utility {
                 for r in pointers::<pg_sys::RangeVar>((*s).relations) {
                     u.targets.push(resolve(r, AccessKind::Truncate));
                 }
+                u.labels.extend(untriggered());
             }
             T::T_AlterTableStmt => {
                 let s = node.cast::<pg_sys::AlterTableStmt>();
@@ -272,14 +289,32 @@ pub unsafe fn examine(node: *mut pg_sys::Node) -> Utility {
                     let mut t = resolve((*s).relation, kind);
                     t.columns = copied_columns(&t, (*s).attlist);
                     u.targets.push(t);
+                    u.labels.extend(untriggered().filter(|_| u.changes));
                 }
             }
             T::T_VariableSetStmt => {
-                let s = node.cast::<pg_sys::VariableSetStmt>();
                 u.changes = false;
-                if text((*s).name).eq_ignore_ascii_case("session_replication_role") {
-                    u.labels.push(label::DISABLE_TRIGGER);
-                }
+                u.labels.extend(disabling_setting(node.cast()));
+            }
+            T::T_AlterRoleSetStmt => {
+                u.changes = false;
+                let s = node.cast::<pg_sys::AlterRoleSetStmt>();
+                u.labels.extend(disabling_setting((*s).setstmt));
+            }
+            T::T_AlterDatabaseSetStmt => {
+                u.changes = false;
+                let s = node.cast::<pg_sys::AlterDatabaseSetStmt>();
+                u.labels.extend(disabling_setting((*s).setstmt));
+            }
+            T::T_CreateFunctionStmt => {
+                u.changes = false;
+                let s = node.cast::<pg_sys::CreateFunctionStmt>();
+                u.labels.extend(settings_of((*s).options));
+            }
+            T::T_AlterFunctionStmt => {
+                u.changes = false;
+                let s = node.cast::<pg_sys::AlterFunctionStmt>();
+                u.labels.extend(settings_of((*s).actions));
             }
             T::T_RenameStmt => {
                 let s = node.cast::<pg_sys::RenameStmt>();
@@ -450,6 +485,30 @@ fn names_relation(object: pg_sys::ObjectType::Type) -> bool {
             | O::OBJECT_INDEX
             | O::OBJECT_SEQUENCE
     )
+}
+
+/// What writes without firing triggers does what DISABLE TRIGGER does.
+fn untriggered() -> Option<&'static str> {
+    fires_no_triggers().then_some(label::DISABLE_TRIGGER)
+}
+
+/// The same of setting what has that effect.
+unsafe fn disabling_setting(s: *mut pg_sys::VariableSetStmt) -> Option<&'static str> {
+    // SAFETY: a valid statement, or null.
+    let sets =
+        !s.is_null() && unsafe { text((*s).name) }.eq_ignore_ascii_case("session_replication_role");
+    sets.then_some(label::DISABLE_TRIGGER)
+}
+
+/// The same of a function's `SET`.
+unsafe fn settings_of(options: *mut pg_sys::List) -> Vec<&'static str> {
+    // SAFETY: a list of DefElem; of `set`, the argument is a VariableSetStmt.
+    unsafe {
+        pointers::<pg_sys::DefElem>(options)
+            .filter(|d| text((**d).defname) == "set")
+            .filter_map(|d| disabling_setting((*d).arg.cast()))
+            .collect()
+    }
 }
 
 fn disabling(subtype: pg_sys::AlterTableType::Type) -> Option<&'static str> {
@@ -630,7 +689,8 @@ pub fn check_utility(u: &Utility) -> Result<(), Refusal> {
             .collect()
     };
     // Temporary tables, and tables that do not exist, are nobody's loss.
-    if relations.is_empty() && matches!(u.command.as_str(), "DROP TABLE" | "TRUNCATE TABLE") {
+    let on_tables = ["DROP TABLE", "TRUNCATE TABLE", "COPY"];
+    if relations.is_empty() && on_tables.contains(&u.command.as_str()) {
         return Ok(());
     }
     decide(&rules, &Facts { labels, relations })
@@ -652,6 +712,57 @@ pub fn check_call(function: &str) -> Result<(), Refusal> {
     decide(&rules, &Facts { labels, relations })
 }
 
+/// Whether a DROP command may take a relation, or one of its columns, along.
+///
+/// # Safety
+/// In a transaction.
+pub unsafe fn check_drop(relation: pg_sys::Oid, column: bool) -> Result<(), Refusal> {
+    // SAFETY: catalog look-ups.
+    unsafe {
+        let tag = match pg_sys::get_rel_relkind(relation) as u8 {
+            pg_sys::RELKIND_RELATION | pg_sys::RELKIND_PARTITIONED_TABLE => "DROP TABLE",
+            pg_sys::RELKIND_FOREIGN_TABLE => "DROP FOREIGN TABLE",
+            pg_sys::RELKIND_MATVIEW => "DROP MATERIALIZED VIEW",
+            pg_sys::RELKIND_VIEW => "DROP VIEW",
+            _ => return Ok(()),
+        };
+        if is_temporary(relation) {
+            return Ok(());
+        }
+        if in_ledger(relation) && !pg_sys::creating_extension {
+            return Err(ledger_refusal(&text(pg_sys::get_rel_name(relation))));
+        }
+        let what = if column {
+            label::CASCADE_TO_COLUMN
+        } else {
+            tag
+        };
+        let rules = rules();
+        if !rules.mention(what) {
+            return Ok(());
+        }
+        decide(
+            &rules,
+            &Facts {
+                labels: vec![what],
+                relations: vec![relation.to_u32()],
+            },
+        )
+        .map_err(|refusal| Refusal {
+            detail: format!(
+                "The command would take {} \"{}\" along.",
+                if column {
+                    "a column of"
+                } else {
+                    "the relation"
+                },
+                crate::pg::shape::qualified(relation)
+            ),
+            ..refusal
+        })
+    }
+}
+
 /// The labels of [`label`] that a query carries, found before it is planned.
 ///
 /// # Safety
@@ -670,6 +781,10 @@ pub unsafe fn without_where(query: *mut pg_sys::Query) -> Vec<&'static str> {
         let name = match (*query).commandType {
             C::CMD_UPDATE => label::UPDATE_WITHOUT_WHERE,
             C::CMD_DELETE => label::DELETE_WITHOUT_WHERE,
+            C::CMD_MERGE => {
+                found.extend(merges_everything(query));
+                return found;
+            }
             _ => return found,
         };
         let tree = (*query).jointree;
@@ -678,6 +793,42 @@ pub unsafe fn without_where(query: *mut pg_sys::Query) -> Vec<&'static str> {
         }
     }
     found
+}
+
+/// The same of a MERGE: actions without a condition, on rows that are joined whatever they hold.
+unsafe fn merges_everything(query: *mut pg_sys::Query) -> Vec<&'static str> {
+    use pg_sys::CmdType as C;
+    // SAFETY: a valid query.
+    unsafe {
+        #[cfg(any(feature = "pg15", feature = "pg16"))]
+        let condition = (*(*query).jointree).quals;
+        #[cfg(any(feature = "pg17", feature = "pg18"))]
+        let condition = (*query).mergeJoinCondition;
+        if looks_at(condition, (*query).resultRelation) {
+            return Vec::new();
+        }
+        pointers::<pg_sys::MergeAction>((*query).mergeActionList)
+            .filter(|a| always_true((**a).qual))
+            .filter_map(|a| match (*a).commandType {
+                C::CMD_UPDATE => Some(label::UPDATE_WITHOUT_WHERE),
+                C::CMD_DELETE => Some(label::DELETE_WITHOUT_WHERE),
+                _ => None,
+            })
+            .collect()
+    }
+}
+
+/// Whether a condition looks at a relation of its query, directly or in a subquery.
+unsafe fn looks_at(condition: *mut pg_sys::Node, relation: c_int) -> bool {
+    if condition.is_null() {
+        return false;
+    }
+    // SAFETY: a valid expression.
+    unsafe {
+        let mut columns = std::ptr::null_mut();
+        pg_sys::pull_varattnos(condition, relation as _, &mut columns);
+        !columns.is_null() || pg_sys::contain_subplans(condition)
+    }
 }
 
 /// Whether a condition is missing, or a constant that is true, as `WHERE 1 = 1` is.
@@ -719,6 +870,9 @@ pub unsafe fn is_about_us(node: *mut pg_sys::Node) -> bool {
         match (*node).type_ {
             T::T_CreateExtensionStmt => {
                 is_our_extension((*node.cast::<pg_sys::CreateExtensionStmt>()).extname)
+            }
+            T::T_AlterExtensionStmt => {
+                is_our_extension((*node.cast::<pg_sys::AlterExtensionStmt>()).extname)
             }
             T::T_DropStmt => {
                 let s = node.cast::<pg_sys::DropStmt>();

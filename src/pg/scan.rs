@@ -3,8 +3,8 @@
 //! A scan uses a fresh catalog snapshot, so that a REPEATABLE READ transaction sees the policies that
 //! are in force and not those of its own past (trap T11).
 
-use crate::pg::policy;
 use crate::pg::session::text;
+use crate::pg::{policy, reference};
 use pgrx::pg_sys;
 use pgrx::{FromDatum, datum::Array};
 use std::ffi::{CString, c_int};
@@ -48,10 +48,6 @@ impl Row {
         self.value(column)
     }
 
-    pub fn i16(&self, column: &str) -> Option<i16> {
-        self.value(column)
-    }
-
     pub fn i32(&self, column: &str) -> Option<i32> {
         self.value(column)
     }
@@ -61,9 +57,15 @@ impl Row {
         Some(array.iter().flatten().collect())
     }
 
+    /// A value of type `warden.reference`, as stored.
+    pub fn reference(&self, column: &str) -> Option<Vec<u8>> {
+        self.value(column)
+    }
+
+    /// The OIDs of an array of references; [`reference::NOBODY`] for what does not exist.
     pub fn oids(&self, column: &str) -> Option<Vec<u32>> {
-        let array: Array<'_, pg_sys::Oid> = self.value(column)?;
-        Some(array.iter().flatten().map(pg_sys::Oid::to_u32).collect())
+        let array: Array<'_, &[u8]> = self.value(column)?;
+        Some(array.iter().flatten().map(reference::oid).collect())
     }
 }
 

@@ -13,7 +13,7 @@ use pgrx::pg_sys;
 use siphasher::sip::SipHasher13;
 use std::collections::HashSet;
 use std::ffi::c_int;
-use std::hash::Hasher;
+use std::hash::{BuildHasherDefault, Hasher};
 use warden_core::event::{Access, AccessKind, MaskedColumn, ShapeFacts};
 use warden_core::frame::FrameKind;
 use warden_core::text::{Names, Normalised, normalise_names};
@@ -25,7 +25,34 @@ const ACCESSES_LIMIT: usize = 512 * 1024;
 /// Shapes that a backend remembers; past that it starts anew, and records them again.
 const REMEMBERED: usize = 8192;
 
-static SENT: Local<Option<HashSet<(u32, u64)>>> = Local::new(None);
+static SENT: Local<Option<HashSet<(u32, u64), ByKey>>> = Local::new(None);
+
+/// Hashes what has been hashed with a secret key already.
+pub type ByKey = BuildHasherDefault<KeyHasher>;
+
+#[derive(Debug, Default)]
+pub struct KeyHasher(u64);
+
+impl Hasher for KeyHasher {
+    fn write(&mut self, bytes: &[u8]) {
+        for b in bytes {
+            self.write_u64(u64::from(*b));
+        }
+    }
+    #[inline]
+    fn write_u32(&mut self, n: u32) {
+        self.write_u64(u64::from(n));
+    }
+    #[inline]
+    fn write_u64(&mut self, n: u64) {
+        // A key's lowest bit is always set.
+        self.0 = (self.0 ^ n >> 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
+    #[inline]
+    fn finish(&self) -> u64 {
+        self.0
+    }
+}
 
 /// A relation that a utility command names.
 #[derive(Debug, Clone)]
@@ -65,13 +92,23 @@ fn hasher() -> SipHasher13 {
     SipHasher13::new_with_keys(k0, k1)
 }
 
-/// The key of the shape of a planned statement, whose text is `sql`. It is never 0.
+/// What is known of a planned statement's shape without its text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PlanShape {
+    /// The key; never 0, and positive as a bigint.
+    pub key: u64,
+    /// Whether the text has literals.
+    pub literals: bool,
+}
+
+/// The shape of a planned statement, whose text is `sql`.
 ///
 /// # Safety
 /// `stmt` is a valid PlannedStmt, in a transaction.
-pub unsafe fn plan_key(stmt: *mut pg_sys::PlannedStmt, sql: &[u8]) -> u64 {
+pub unsafe fn of_plan(stmt: *mut pg_sys::PlannedStmt, sql: &[u8]) -> PlanShape {
     let mut h = hasher();
-    h.write_u64(parameters::text_hash(sql));
+    let text = parameters::text_hash(sql);
+    h.write_u64(text.hash);
     // SAFETY: a valid statement; sets are only read.
     unsafe {
         h.write_u32((*stmt).commandType);
@@ -94,22 +131,23 @@ pub unsafe fn plan_key(stmt: *mut pg_sys::PlannedStmt, sql: &[u8]) -> u64 {
             h.write_u32(function.to_u32());
         }
     }
-    (h.finish() >> 1) | 1
+    PlanShape {
+        key: (h.finish() >> 1) | 1,
+        literals: text.literals,
+    }
 }
 
-/// Records the shape of a planned statement, unless it is known, and returns its key: `known`, or
-/// a new one. `None` if the journal is full.
+/// Records the shape of a planned statement, unless that has been done, and returns its key. `None`
+/// if the journal is full.
 ///
 /// # Safety
 /// `stmt` is a valid PlannedStmt, in a transaction.
 pub unsafe fn planned<'a>(
     dest: u32,
     stmt: *mut pg_sys::PlannedStmt,
-    known: Option<u64>,
+    key: u64,
     sql: impl Fn() -> &'a [u8],
 ) -> Option<u64> {
-    // SAFETY: as above.
-    let key = known.unwrap_or_else(|| unsafe { plan_key(stmt, sql()) });
     // SAFETY: as above.
     send(dest, key, || unsafe {
         let mut accesses: Vec<Access> = Vec::new();
@@ -169,7 +207,7 @@ fn named(
     // What names hold must not show in the key either.
     let text = match names {
         Names::All => {
-            h.write_u64(parameters::text_hash(sql));
+            h.write_u64(parameters::text_hash(sql).hash);
             None
         }
         _ => {

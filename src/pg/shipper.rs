@@ -12,14 +12,15 @@
 //! flush covers all that it has seen. So nothing is sent that a crash could take back, and a `seq`
 //! never arrives with two different contents.
 
+use crate::pg::ledger_table;
 use crate::pg::shared::{self, shared};
+use crate::pg::version;
 use crate::pg::worker::{self, Role};
 use crate::settings;
 use crate::ship::http::Http;
 use crate::ship::{Answer, file};
-use pgrx::datum::{DatumWithOid, TimestampWithTimeZone};
 use pgrx::pg_sys;
-use pgrx::spi::{Spi, SpiClient, SpiHeapTupleData, SpiResult};
+use pgrx::spi::{Spi, SpiClient, SpiResult};
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::atomic::Ordering;
@@ -28,7 +29,8 @@ use tokio::runtime::Runtime;
 use tokio::task::{AbortHandle, Id, JoinSet};
 use warden_core::event::{Event, EventKind, SessionFacts, ShapeFacts};
 use warden_core::sink::{
-    Batch, Budget, Context, Limits, Origin, RetryPolicy, Stored, Target, Verdict, render,
+    Batch, Budget, Context, Limits, Origin, RetryPolicy, SessionJson, StatementJson, Stored,
+    Target, Verdict, render,
 };
 
 /// How often the ledger is looked at for new events.
@@ -201,6 +203,7 @@ impl Shipper {
             return Ok((Round::Gone, Vec::new()));
         }
         if extension != self.extension {
+            version::require_same();
             self.extension = extension;
             self.requests.abort_all();
             self.runners.clear();
@@ -311,7 +314,7 @@ impl Shipper {
             return Ok(None);
         };
         let limits = runner.budget.limits(sink.limits);
-        let events = read_events(spi, sink.delivered, limits)?;
+        let events = ledger_table::events_after(sink.delivered, limits);
         self.facts.load(spi, &events)?;
         let mut batch = Batch::default();
         for e in &events {
@@ -470,12 +473,13 @@ fn random() -> u64 {
 
 fn read_sinks(spi: &SpiClient<'_>) -> SpiResult<Vec<Sink>> {
     let rows = spi.select(
-        "SELECT coalesce(s.id, c.sink), s.url, s.enabled, s.batch_events, s.batch_bytes, \
+        "SELECT coalesce(s.id, c.sink), s.url || h.query, s.enabled AND h.sink IS NOT NULL, s.batch_events, s.batch_bytes, \
          coalesce(c.delivered_seq, 0), coalesce(c.failures, 0), \
          CASE WHEN c.next_retry IS NULL OR s.resumed_at > c.last_failure THEN 0 \
          ELSE extract(epoch FROM c.next_retry - clock_timestamp())::float8 END, \
          c.sink IS NOT NULL, s.id IS NULL \
-         FROM warden.sink s FULL JOIN warden.sink_cursor c ON c.sink = s.id ORDER BY 1",
+         FROM warden.sink s FULL JOIN warden.sink_cursor c ON c.sink = s.id \
+         LEFT JOIN warden.sink_here h ON h.sink = s.id ORDER BY 1",
         None,
         &[],
     )?;
@@ -535,52 +539,11 @@ fn last_seq(spi: &SpiClient<'_>) -> SpiResult<i64> {
         .unwrap_or_default())
 }
 
-/// The events that follow `after`: about as many as one batch takes, at least one if there is any.
-fn read_events(spi: &SpiClient<'_>, after: i64, limits: Limits) -> SpiResult<Vec<Stored>> {
-    let args: [DatumWithOid; 3] = [
-        after.into(),
-        (limits.events as i64).into(),
-        (limits.bytes as i64).into(),
-    ];
-    let rows = spi.select(
-        "SELECT x.seq, x.at, x.kind, x.session, x.statement, x.rows, x.duration_us, x.outcome, \
-         x.flags, x.payload, x.hash FROM ( \
-         SELECT e.*, sum(octet_length(e.payload)) OVER (ORDER BY e.seq ROWS UNBOUNDED PRECEDING) \
-         - octet_length(e.payload) AS before FROM ( \
-         SELECT * FROM warden.event WHERE seq > $1 ORDER BY seq LIMIT $2) e) x \
-         WHERE x.before < $3 ORDER BY x.seq",
-        None,
-        &args,
-    )?;
-    rows.map(|r| stored(&r)).collect()
-}
-
-fn stored(r: &SpiHeapTupleData<'_>) -> SpiResult<Stored> {
-    let at: Option<TimestampWithTimeZone> = r.get(2)?;
-    Ok(Stored {
-        event: Event {
-            seq: r.get(1)?.unwrap_or_default(),
-            at: at
-                .map(TimestampWithTimeZone::into_inner)
-                .unwrap_or_default(),
-            kind: r.get(3)?.unwrap_or_default(),
-            session: r.get(4)?.unwrap_or_default(),
-            statement: r.get(5)?.unwrap_or_default(),
-            rows: r.get(6)?.unwrap_or_default(),
-            duration_us: r.get(7)?.unwrap_or_default(),
-            outcome: r.get(8)?.unwrap_or_default(),
-            flags: r.get(9)?.unwrap_or_default(),
-            payload: r.get(10)?.unwrap_or_default(),
-        },
-        hash: r.get(11)?.unwrap_or_default(),
-    })
-}
-
 /// Facts that events refer to. What is missing or unreadable is remembered as such.
 #[derive(Default)]
 struct Facts {
-    sessions: HashMap<i64, Option<SessionFacts>>,
-    statements: HashMap<i64, Option<ShapeFacts>>,
+    sessions: HashMap<i64, Option<SessionJson>>,
+    statements: HashMap<i64, Option<StatementJson>>,
     bytes: usize,
 }
 
@@ -625,15 +588,18 @@ impl Facts {
             let seq: i64 = r.get(1)?.unwrap_or_default();
             let kind: i16 = r.get(2)?.unwrap_or_default();
             let payload: Vec<u8> = r.get(3)?.unwrap_or_default();
-            self.bytes += payload.len();
             match EventKind::from_i16(kind) {
                 Some(EventKind::Session) => {
-                    self.sessions
-                        .insert(seq, SessionFacts::decode(&payload).ok());
+                    let facts = SessionFacts::decode(&payload).ok();
+                    let json = facts.map(|f| SessionJson::new(seq, &f));
+                    self.bytes += json.as_ref().map_or(0, SessionJson::size);
+                    self.sessions.insert(seq, json);
                 }
                 Some(EventKind::Statement) => {
-                    self.statements
-                        .insert(seq, ShapeFacts::decode(&payload).ok());
+                    let facts = ShapeFacts::decode(&payload).ok();
+                    let json = facts.map(|f| StatementJson::new(seq, &f));
+                    self.bytes += json.as_ref().map_or(0, StatementJson::size);
+                    self.statements.insert(seq, json);
                 }
                 _ => {}
             }

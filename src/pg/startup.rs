@@ -1,6 +1,6 @@
 //! What happens when the library is loaded: settings, hooks, shared memory, launcher.
 
-use crate::pg::{connections, fastpath, flush, hooks, journal, launcher, mask, shared};
+use crate::pg::{connections, drops, fastpath, flush, hooks, journal, launcher, mask, shared};
 use crate::settings;
 use pgrx::{pg_guard, pg_sys};
 
@@ -14,8 +14,13 @@ pub fn init() {
         if !pg_sys::process_shared_preload_libraries_in_progress {
             return;
         }
+        forgo_backtraces();
         settings::init();
         pg_sys::MarkGUCPrefixReserved(c"warden".as_ptr());
+        // pg_upgrade's own servers: nobody else can connect, and what it does to our objects, it must.
+        if pg_sys::IsBinaryUpgrade {
+            return;
+        }
         PREV_REQUEST = (&raw mut pg_sys::shmem_request_hook).replace(Some(request));
         PREV_STARTUP = (&raw mut pg_sys::shmem_startup_hook).replace(Some(startup));
     }
@@ -23,7 +28,25 @@ pub fn init() {
     connections::install();
     fastpath::install();
     mask::install();
+    drops::install();
     launcher::register();
+}
+
+/// pgrx asks for a backtrace of every error that passes it, which takes milliseconds and goes to the
+/// client, if `RUST_BACKTRACE` is set in the server's environment. The standard library looks there once,
+/// and remembers: it gets to see that none is wanted. The environment stays as it was.
+unsafe fn forgo_backtraces() {
+    const SETTING: &str = "RUST_LIB_BACKTRACE";
+    let was = std::env::var_os(SETTING);
+    // SAFETY: the postmaster has one thread.
+    unsafe {
+        std::env::set_var(SETTING, "0");
+        drop(std::backtrace::Backtrace::capture());
+        match was {
+            Some(value) => std::env::set_var(SETTING, value),
+            None => std::env::remove_var(SETTING),
+        }
+    }
 }
 
 #[pg_guard]

@@ -14,7 +14,8 @@ pub enum EventKind {
     Statement = 2,
     /// One execution of a statement. Payload: [`ExecutionFacts`].
     Execution = 3,
-    /// Statements went on unrecorded, or the journal was damaged. Payload: [`GapFacts`].
+    /// Statements went on unrecorded, the journal was damaged, or the ledger goes on elsewhere.
+    /// Payload: [`GapFacts`].
     Gap = 4,
     /// The server started. Payload: empty.
     Boot = 5,
@@ -595,6 +596,23 @@ pub struct GapFacts {
     pub from_position: u64,
     /// First journal position after it.
     pub to_position: u64,
+    /// Where the ledger goes on, if it has moved: the cluster's system identifier.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub system: u64,
+    /// The timeline.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub timeline: u64,
+    /// The server's version, as `server_version_num` has it.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub server_version: u64,
+}
+
+#[allow(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde calls it with a reference"
+)]
+fn is_zero(n: &u64) -> bool {
+    *n == 0
 }
 
 impl GapFacts {
@@ -605,7 +623,10 @@ impl GapFacts {
         w.put_str(1, &self.reason)
             .put_u64(2, self.statements)
             .put_u64(3, self.from_position)
-            .put_u64(4, self.to_position);
+            .put_u64(4, self.to_position)
+            .put_u64(5, self.system)
+            .put_u64(6, self.timeline)
+            .put_u64(7, self.server_version);
         w.finish()
     }
 
@@ -620,6 +641,9 @@ impl GapFacts {
             statements: r.u64(2)?,
             from_position: r.u64(3)?,
             to_position: r.u64(4)?,
+            system: r.u64(5)?,
+            timeline: r.u64(6)?,
+            server_version: r.u64(7)?,
         })
     }
 }

@@ -7,14 +7,16 @@ use std::collections::HashSet;
 
 /// Labels that are not command tags.
 pub mod label {
-    /// An UPDATE that changes every row.
+    /// An UPDATE, or a MERGE, that changes every row.
     pub const UPDATE_WITHOUT_WHERE: &str = "UPDATE WITHOUT WHERE";
-    /// A DELETE that deletes every row.
+    /// A DELETE, or a MERGE, that deletes every row.
     pub const DELETE_WITHOUT_WHERE: &str = "DELETE WITHOUT WHERE";
-    /// ALTER TABLE … DISABLE TRIGGER, or a session setting that has this effect.
+    /// ALTER TABLE … DISABLE TRIGGER; a setting that has this effect, and writing under it.
     pub const DISABLE_TRIGGER: &str = "DISABLE TRIGGER";
     /// ALTER TABLE … DISABLE ROW LEVEL SECURITY or NO FORCE ROW LEVEL SECURITY.
     pub const DISABLE_RLS: &str = "DISABLE ROW LEVEL SECURITY";
+    /// A DROP … CASCADE of something else that takes a column of a table along.
+    pub const CASCADE_TO_COLUMN: &str = "CASCADE TO COLUMN";
 }
 
 /// A rule of the table `warden.rule`.

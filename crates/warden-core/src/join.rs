@@ -44,6 +44,10 @@ pub mod reason {
     pub const JOURNAL_LOST: &str = "journal_lost";
     /// The journal is not the one that the ledger was written from.
     pub const JOURNAL_REPLACED: &str = "journal_replaced";
+    /// The ledger is on another cluster than before: after `pg_upgrade`, for instance.
+    pub const SERVER_REPLACED: &str = "server_replaced";
+    /// The ledger was restored to an earlier time, or its standby was promoted.
+    pub const TIMELINE_CHANGED: &str = "timeline_changed";
     /// The ledger's place in the journal is not known any more.
     pub const POSITION_LOST: &str = "position_lost";
     /// A statement ended that had not begun.
@@ -394,8 +398,28 @@ impl Joiner {
             statements,
             from_position: from,
             to_position: to,
+            ..GapFacts::default()
         };
         self.push(EventKind::Gap, self.at, facts.encode());
+    }
+
+    /// The ledger goes on where it was not written before: what was open stays without an end, and the
+    /// journal position before which nothing belongs to it is another one.
+    pub fn moved(&mut self, facts: &GapFacts, directory: &mut impl Directory) {
+        self.interrupt_all(directory);
+        self.start = facts.to_position;
+        self.push(EventKind::Gap, self.at, facts.encode());
+    }
+
+    /// The server started, and its journal cannot say so.
+    pub fn started(&mut self, at: i64) {
+        self.append_connection(blank(EventKind::Boot, at, Vec::new()));
+    }
+
+    /// Journal position at which the ledger began, or goes on.
+    #[must_use]
+    pub fn start(&self) -> u64 {
+        self.start
     }
 
     /// Ends every open intent as interrupted: nothing can bring its outcome any more. What became of
@@ -556,9 +580,13 @@ impl Joiner {
             } else {
                 0
             },
-            parameters: parameters(&tail),
+            ..ExecutionFacts::default()
         };
-        let mut event = blank(EventKind::Execution, intent.at, facts.encode());
+        let mut payload = facts.encode();
+        if parameter::is_tail(&tail) {
+            payload.extend_from_slice(&tail);
+        }
+        let mut event = blank(EventKind::Execution, intent.at, payload);
         event.session = session;
         event.statement = statement;
         event.rows = o.rows;
@@ -782,15 +810,6 @@ impl Joiner {
         self.at = event.at;
         self.batch.events.push((event, hash));
     }
-}
-
-/// The values in an intent's tail.
-fn parameters(tail: &[u8]) -> Vec<parameter::Parameter> {
-    if tail.is_empty() {
-        return Vec::new();
-    }
-    let read = Reader::parse(tail).ok();
-    read.and_then(|r| parameter::get(&r)).unwrap_or_default()
 }
 
 fn blank(kind: EventKind, at: i64, payload: Vec<u8>) -> Event {

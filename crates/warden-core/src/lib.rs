@@ -17,6 +17,7 @@ pub mod ledger;
 pub mod masks;
 pub mod notable;
 pub mod parameter;
+pub mod reference;
 pub mod sink;
 pub mod text;
 pub mod tlv;

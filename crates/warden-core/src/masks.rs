@@ -1,7 +1,9 @@
 //! Mask functions: pure, deterministic, and blind to everything but their argument.
 //!
 //! They keep what a person needs to recognise a value and no more. What does not look like the
-//! expected kind of value is masked whole.
+//! expected kind of value is masked whole. And: which errors could show what is masked.
+
+use std::collections::HashSet;
 
 /// What stands for a text that is masked whole.
 pub const REDACTED: &str = "***";
@@ -58,6 +60,28 @@ pub fn partial_card(value: &str) -> String {
     last_digits(value, 4, 12)
 }
 
+/// Whether the DETAIL of errors of this SQLSTATE shows rows: integrity constraints, and WITH CHECK
+/// OPTION.
+#[must_use]
+pub fn detail_shows_rows(sqlstate: &[u8; 5]) -> bool {
+    sqlstate.starts_with(b"23") || sqlstate == b"44000"
+}
+
+/// Whether an error is about one of these relations (schema, name): by its own fields, or because its
+/// message names one, in whatever language and quotes, as a foreign key's does, whose own table is the
+/// other one. An error that names no table could be about any.
+#[must_use]
+pub fn speaks_of<S: std::hash::BuildHasher>(
+    relations: &HashSet<(String, String), S>,
+    table: Option<&(String, String)>,
+    message: &str,
+) -> bool {
+    table.is_none_or(|t| relations.contains(t))
+        || relations
+            .iter()
+            .any(|(_, name)| message.contains(name.as_str()))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -93,6 +117,27 @@ mod tests {
             // The ending is promised to be shown.
             let m = m.trim_end_matches(".org");
             prop_assert!(!m.contains(&local) && !m.contains(&domain));
+        }
+    }
+
+    #[test]
+    fn an_error_speaks_of_a_relation_in_any_language() {
+        let relations = HashSet::from([("public".to_owned(), "customer".to_owned())]);
+        let of = |schema: &str, table: &str| (schema.to_owned(), table.to_owned());
+        assert!(speaks_of(&relations, Some(&of("public", "customer")), ""));
+        assert!(!speaks_of(&relations, Some(&of("public", "orders")), "no"));
+        let german = "Aktualisieren oder Löschen in Tabelle »customer« verletzt Fremdschlüssel";
+        assert!(speaks_of(&relations, Some(&of("public", "orders")), german));
+        assert!(speaks_of(&relations, None, ""));
+    }
+
+    #[test]
+    fn constraints_show_rows_and_other_errors_do_not() {
+        for code in [b"23505", b"23514", b"23P01", b"44000"] {
+            assert!(detail_shows_rows(code));
+        }
+        for code in [b"22P02", b"42501", b"25P02"] {
+            assert!(!detail_shows_rows(code));
         }
     }
 }

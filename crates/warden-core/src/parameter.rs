@@ -179,27 +179,55 @@ pub fn get(r: &Reader<'_>) -> Option<Vec<Parameter>> {
     items.into_iter().map(Parameter::decode).collect()
 }
 
+/// Whether these bytes are a tail as [`Tail`] makes it: the last field of an execution's payload.
+#[must_use]
+pub fn is_tail(bytes: &[u8]) -> bool {
+    let Some((head, mut items)) = bytes.split_first_chunk::<HEAD>() else {
+        return false;
+    };
+    let length = u32::from_be_bytes([head[2], head[3], head[4], head[5]]);
+    if head[..2] != TAG.to_be_bytes() || items.len() != length as usize {
+        return false;
+    }
+    while !items.is_empty() {
+        let Some((length, rest)) = items.split_first_chunk::<4>() else {
+            return false;
+        };
+        let Some((item, rest)) = rest.split_at_checked(u32::from_be_bytes(*length) as usize) else {
+            return false;
+        };
+        if Parameter::decode(item).is_none() {
+            return false;
+        }
+        items = rest;
+    }
+    length > 0
+}
+
 /// Collects the values of one statement into the tail of its intent.
 #[derive(Debug)]
-pub struct Tail {
+pub struct Tail<'a> {
     key: (u64, u64),
-    /// A TLV field; its length is set at the end.
-    out: Vec<u8>,
+    /// Ends in a TLV field; its length is set at the end.
+    out: &'a mut Vec<u8>,
+    /// Where the field starts.
+    start: usize,
     left_out: u64,
 }
 
 const HEAD: usize = 6;
 
-impl Tail {
-    /// Digests are made with this key.
+impl<'a> Tail<'a> {
+    /// Adds to `out`. Digests are made with this key.
     #[must_use]
-    pub fn new(key: (u64, u64)) -> Self {
-        let mut out = Vec::with_capacity(HEAD + 64);
+    pub fn new(key: (u64, u64), out: &'a mut Vec<u8>) -> Self {
+        let start = out.len();
         out.extend_from_slice(&TAG.to_be_bytes());
         out.extend_from_slice(&[0; 4]);
         Self {
             key,
             out,
+            start,
             left_out: 0,
         }
     }
@@ -207,7 +235,7 @@ impl Tail {
     /// Whether there is room for more.
     #[must_use]
     pub fn has_room(&self) -> bool {
-        self.out.len() < TOTAL_LIMIT
+        self.out.len() - self.start < TOTAL_LIMIT
     }
 
     /// Adds a value that is not to be looked at.
@@ -218,7 +246,7 @@ impl Tail {
         }
         let at = self.out.len();
         self.out.extend_from_slice(&[0; 4]);
-        Parameter { number, value }.encode(&mut self.out);
+        Parameter { number, value }.encode(self.out);
         let length = (self.out.len() - at - 4) as u32;
         self.out[at..at + 4].copy_from_slice(&length.to_be_bytes());
     }
@@ -237,25 +265,26 @@ impl Tail {
         self.left_out += count;
     }
 
-    /// The tail; empty if there was no value.
-    #[must_use]
-    pub fn finish(mut self) -> Vec<u8> {
+    /// Completes the tail; there is none if there was no value.
+    pub fn finish(self) {
+        let Self { out, start, .. } = self;
         if self.left_out > 0 {
+            let at = out.len();
+            out.extend_from_slice(&[0; 4]);
             let more = Parameter {
                 number: 0,
                 value: Value::More(self.left_out),
             };
-            let mut b = Vec::new();
-            more.encode(&mut b);
-            self.out.extend_from_slice(&(b.len() as u32).to_be_bytes());
-            self.out.extend_from_slice(&b);
+            more.encode(out);
+            let length = (out.len() - at - 4) as u32;
+            out[at..at + 4].copy_from_slice(&length.to_be_bytes());
         }
-        if self.out.len() == HEAD {
-            return Vec::new();
+        if out.len() == start + HEAD {
+            out.truncate(start);
+            return;
         }
-        let length = (self.out.len() - HEAD) as u32;
-        self.out[2..HEAD].copy_from_slice(&length.to_be_bytes());
-        self.out
+        let length = (out.len() - start - HEAD) as u32;
+        out[start + 2..start + HEAD].copy_from_slice(&length.to_be_bytes());
     }
 }
 
@@ -470,6 +499,9 @@ fn has_jwt(value: &[u8]) -> bool {
 
 /// A payment card's number, blanks and hyphens between digits included.
 fn has_card(value: &[u8]) -> bool {
+    if value.len() < 13 {
+        return false;
+    }
     let mut digits = Vec::with_capacity(19);
     for b in value.iter().chain([&b'\n']) {
         match b {
@@ -681,16 +713,15 @@ mod tests {
 
     #[test]
     fn a_record_reads_like_the_servers_log() {
-        let mut t = Tail::new(KEY);
+        let mut tail = Vec::new();
+        let mut t = Tail::new(KEY, &mut tail);
         t.add(1, b"it's", Mode::All);
         t.put(2, Value::Null);
         t.put(3, Value::Opaque("box".into(), 32));
         t.add(4, b"x", Mode::Withhold);
         t.leave_out(7);
-        let read: Vec<_> = parameters(&t.finish())
-            .iter()
-            .map(Parameter::to_string)
-            .collect();
+        t.finish();
+        let read: Vec<_> = parameters(&tail).iter().map(Parameter::to_string).collect();
         assert_eq!(
             read,
             [
@@ -706,15 +737,17 @@ mod tests {
     proptest! {
         #[test]
         fn a_tail_is_bounded_and_survives(values in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..300), 0..300)) {
-            let mut t = Tail::new(KEY);
+            let mut intent = b"before".to_vec();
+            let mut t = Tail::new(KEY, &mut intent);
             for (i, v) in values.iter().enumerate() {
                 t.add(i as u32 + 1, v, Mode::All);
             }
-            let tail = t.finish();
+            t.finish();
+            let tail = intent.strip_prefix(b"before").unwrap();
             // A value of bytes that are not UTF-8 grows threefold.
             prop_assert!(tail.len() < TOTAL_LIMIT + 3 * VALUE_LIMIT + 64);
             if !values.is_empty() {
-                let read = parameters(&tail);
+                let read = parameters(tail);
                 let left_out = match read.last().map(|p| &p.value) {
                     Some(Value::More(n)) => *n as usize - 1,
                     _ => 0,
@@ -723,6 +756,9 @@ mod tests {
                 let mut w = Writer::new();
                 put(&mut w, &read);
                 prop_assert_eq!(w.finish(), tail);
+                prop_assert!(is_tail(tail));
+                prop_assert!(!is_tail(&tail[..tail.len() - 1]));
+                prop_assert!(!is_tail(&[tail, &[0]].concat()));
             }
         }
 
@@ -730,6 +766,9 @@ mod tests {
         fn no_value_and_no_payload_panics(b in prop::collection::vec(any::<u8>(), 0..200)) {
             let _ = finding(&b);
             let _ = Parameter::decode(&b);
+            let tail = [&TAG.to_be_bytes()[..], &(b.len() as u32).to_be_bytes(), &b].concat();
+            let reads = Reader::parse(&tail).is_ok_and(|r| get(&r).is_some_and(|p| !p.is_empty()));
+            prop_assert_eq!(is_tail(&tail), reads);
             if let Ok(r) = Reader::parse(&b) {
                 let _ = get(&r);
             }

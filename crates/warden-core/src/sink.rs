@@ -15,6 +15,7 @@ use crate::tlv::TlvError;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde::Serialize;
+use serde_json::value::RawValue;
 use std::fmt;
 use std::time::Duration;
 
@@ -53,10 +54,56 @@ pub struct Stored {
 /// What the events that an execution refers to say. Either may be missing: pruned, or unreadable.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Context<'a> {
-    /// Facts of the session.
-    pub session: Option<&'a SessionFacts>,
-    /// Facts of the statement.
-    pub statement: Option<&'a ShapeFacts>,
+    /// The session.
+    pub session: Option<&'a SessionJson>,
+    /// The statement.
+    pub statement: Option<&'a StatementJson>,
+}
+
+/// What the lines of all events of a session have in common: rendered once.
+#[derive(Debug, Clone)]
+pub struct SessionJson {
+    actor: Box<RawValue>,
+    session: Box<RawValue>,
+}
+
+impl SessionJson {
+    /// Of the session event `seq`.
+    #[must_use]
+    pub fn new(seq: i64, facts: &SessionFacts) -> Self {
+        Self {
+            actor: raw(&actor(facts)),
+            session: raw(&session(seq, facts)),
+        }
+    }
+
+    /// Bytes that it takes.
+    #[must_use]
+    pub fn size(&self) -> usize {
+        self.actor.get().len() + self.session.get().len()
+    }
+}
+
+/// What the lines of all executions of a statement have in common: rendered once.
+#[derive(Debug, Clone)]
+pub struct StatementJson(Box<RawValue>);
+
+impl StatementJson {
+    /// Of the statement event `seq`.
+    #[must_use]
+    pub fn new(seq: i64, facts: &ShapeFacts) -> Self {
+        Self(raw(&statement(seq, facts)))
+    }
+
+    /// Bytes that it takes.
+    #[must_use]
+    pub fn size(&self) -> usize {
+        self.0.get().len()
+    }
+}
+
+fn raw(value: &impl Serialize) -> Box<RawValue> {
+    serde_json::value::to_raw_value(value).expect("strings and integers always serialise")
 }
 
 /// Microseconds from the Unix epoch to 2000-01-01 UTC, where the ledger's time starts.
@@ -111,11 +158,11 @@ struct Line<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     outcome: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    actor: Option<ActorPart<'a>>,
+    actor: Option<&'a RawValue>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    session: Option<SessionPart<'a>>,
+    session: Option<&'a RawValue>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    statement: Option<StatementPart<'a>>,
+    statement: Option<&'a RawValue>,
     #[serde(skip_serializing_if = "Option::is_none")]
     execution: Option<ExecutionPart>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -327,14 +374,16 @@ pub fn render(origin: &Origin, stored: &Stored, context: Context<'_>) -> String 
                 .map_err(|x| note("session payload", &x))
                 .ok()
         })
-        .flatten();
-    let own_shape = (kind == Some(EventKind::Statement))
+        .flatten()
+        .map(|s| SessionJson::new(e.seq, &s));
+    let own_statement = (kind == Some(EventKind::Statement))
         .then(|| {
             ShapeFacts::decode(&e.payload)
                 .map_err(|x| note("statement payload", &x))
                 .ok()
         })
-        .flatten();
+        .flatten()
+        .map(|s| StatementJson::new(e.seq, &s));
     let execution = (kind == Some(EventKind::Execution))
         .then(|| {
             ExecutionFacts::decode(&e.payload)
@@ -365,13 +414,10 @@ pub fn render(origin: &Origin, stored: &Stored, context: Context<'_>) -> String 
         })
         .flatten();
 
-    let (session_facts, shape) = match kind {
-        Some(EventKind::Session) => (own_session.as_ref().map(|s| (e.seq, s)), None),
-        Some(EventKind::Statement) => (None, own_shape.as_ref().map(|s| (e.seq, s))),
-        _ => (
-            context.session.map(|s| (e.session, s)),
-            context.statement.map(|s| (e.statement, s)),
-        ),
+    let (session, statement) = match kind {
+        Some(EventKind::Session) => (own_session.as_ref(), None),
+        Some(EventKind::Statement) => (None, own_statement.as_ref()),
+        _ => (context.session, context.statement),
     };
 
     let line = Line {
@@ -387,9 +433,9 @@ pub fn render(origin: &Origin, stored: &Stored, context: Context<'_>) -> String 
                     .map(Outcome::name)
             })
             .flatten(),
-        actor: session_facts.map(|(_, s)| actor(s)),
-        session: session_facts.map(|(seq, s)| session(seq, s)),
-        statement: shape.map(|(seq, s)| statement(seq, s)),
+        actor: session.map(|s| &*s.actor),
+        session: session.map(|s| &*s.session),
+        statement: statement.map(|s| &*s.0),
         execution: execution.map(|x| ExecutionPart {
             rows: (e.rows >= 0).then_some(e.rows),
             duration_us: (e.duration_us >= 0).then_some(e.duration_us),
@@ -835,9 +881,10 @@ mod tests {
     #[test]
     fn the_line_of_an_execution_is_frozen() {
         let (s, shape) = facts();
+        let e = execution().event;
         let context = Context {
-            session: Some(&s),
-            statement: Some(&shape),
+            session: Some(&SessionJson::new(e.session, &s)),
+            statement: Some(&StatementJson::new(e.statement, &shape)),
         };
         assert_eq!(
             render(&ORIGIN, &execution(), context),

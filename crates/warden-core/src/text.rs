@@ -99,10 +99,25 @@ pub fn normalise_names(
 /// Two statements have the same hash if, and up to collisions only if, they have the same
 /// normalised text.
 #[must_use]
-pub fn shape_hash(sql: &[u8], backslashes: impl Into<Backslashes>, key: (u64, u64)) -> u64 {
-    let mut hasher = SipHasher13::new_with_keys(key.0, key.1);
-    Lexer::new(sql, backslashes.into(), &mut hasher).run();
-    hasher.finish()
+pub fn shape_hash(sql: &[u8], backslashes: impl Into<Backslashes>, key: (u64, u64)) -> ShapeHash {
+    let mut hashed = Hashed {
+        hasher: SipHasher13::new_with_keys(key.0, key.1),
+        literals: false,
+    };
+    Lexer::new(sql, backslashes.into(), &mut hashed).run();
+    ShapeHash {
+        hash: hashed.hasher.finish(),
+        literals: hashed.literals,
+    }
+}
+
+/// What [`shape_hash`] finds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ShapeHash {
+    /// The hash.
+    pub hash: u64,
+    /// Whether the text has a literal.
+    pub literals: bool,
 }
 
 /// A literal of a statement.
@@ -128,12 +143,17 @@ pub struct Literals {
 impl Literals {
     /// More than fit into a record.
     pub const KEPT: usize = 128;
+
+    /// Forgets them, and keeps the room.
+    pub fn clear(&mut self) {
+        self.kept.clear();
+        self.count = 0;
+    }
 }
 
 /// Finds the literals of a statement.
 pub fn find_literals(sql: &[u8], backslashes: impl Into<Backslashes>, literals: &mut Literals) {
-    literals.kept.clear();
-    literals.count = 0;
+    literals.clear();
     Lexer::new(sql, backslashes.into(), literals).run();
 }
 
@@ -339,10 +359,20 @@ impl Sink for Literals {
     }
 }
 
-impl Sink for SipHasher13 {
+struct Hashed {
+    hasher: SipHasher13,
+    literals: bool,
+}
+
+impl Sink for Hashed {
     #[inline]
     fn put(&mut self, bytes: &[u8]) {
-        self.write(bytes);
+        self.hasher.write(bytes);
+    }
+
+    #[inline]
+    fn literal(&mut self, _number: u32, _span: Range<usize>, _negative: bool) {
+        self.literals = true;
     }
 }
 
@@ -1210,11 +1240,14 @@ mod tests {
                 let lossy = |t: &Normalised| t.text.contains('\u{fffd}');
                 if !lossy(&ta) && !lossy(&tb) {
                     let (ha, hb) = (shape_hash(a, scs, key), shape_hash(b, scs, key));
-                    prop_assert_eq!(ta == tb, ha == hb);
+                    prop_assert_eq!(ta == tb, ha.hash == hb.hash);
+                    let mut literals = Literals::default();
+                    find_literals(a, scs, &mut literals);
+                    prop_assert_eq!(ha.literals, literals.count > 0);
                     // The hash is that of the text itself.
                     let mut h = SipHasher13::new_with_keys(key.0, key.1);
                     h.write(ta.text.as_bytes());
-                    prop_assert_eq!(ha, h.finish());
+                    prop_assert_eq!(ha.hash, h.finish());
                 }
             }
         }

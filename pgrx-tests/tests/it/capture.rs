@@ -324,6 +324,48 @@ async fn a_failed_statement_is_recorded_with_its_sqlstate() -> Result {
 }
 
 #[tokio::test]
+async fn what_fails_after_a_savepoint_is_recorded_once() -> Result {
+    let (cluster, app) = shop().await?;
+    app.run("BEGIN; INSERT INTO item (id) VALUES (100)").await?;
+    for (sql, sqlstate) in [
+        ("SELEKT 1", "42601"),
+        ("SELECT no_such_column FROM item", "42703"),
+        ("SELECT * FROM no_such_table", "42P01"),
+        ("SELECT 1 / (price - price) FROM item", "22012"),
+        ("INSERT INTO item (id) VALUES (100)", "23505"),
+        (
+            "DO $$ BEGIN RAISE 'no' USING ERRCODE = 'ZZ001'; END $$",
+            "ZZ001",
+        ),
+    ] {
+        app.run("SAVEPOINT a").await?;
+        assert_eq!(app.sqlstate(sql).await?, sqlstate, "{sql}");
+        app.run("ROLLBACK TO a; RELEASE a").await?;
+    }
+    app.run(
+        "DO $$ BEGIN
+             FOR i IN 1..3 LOOP
+                 BEGIN RAISE 'caught' USING ERRCODE = 'ZZ002'; EXCEPTION WHEN OTHERS THEN NULL; END;
+             END LOOP;
+         END $$; COMMIT",
+    )
+    .await?;
+    let seen = cluster
+        .activity("outcome = 'failed' AND login_role = 'app' AND NOT nested")
+        .await?;
+    let states: Vec<_> = seen.iter().map(|a| a["sqlstate"].clone()).collect();
+    assert_eq!(
+        states,
+        ["42601", "42703", "42P01", "22012", "23505", "ZZ001"],
+        "{seen:#?}"
+    );
+    for failed in &seen {
+        assert_ne!(failed["committed"], true, "{failed}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
 async fn a_rolled_back_select_is_recorded() -> Result {
     let (cluster, app) = shop().await?;
     app.run("BEGIN; SELECT name FROM item AS peeked; ROLLBACK")

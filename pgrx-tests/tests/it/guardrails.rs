@@ -197,3 +197,134 @@ async fn set_role_does_not_lend_the_administrators_right() -> Result {
     assert_eq!(lead.sqlstate("DROP TABLE t").await?, "WA001");
     Ok(())
 }
+
+#[tokio::test]
+async fn what_a_drop_takes_along_is_protected() -> Result {
+    let (cluster, app) = playground().await?;
+    app.run(
+        "CREATE TYPE mood AS ENUM ('good'); CREATE TABLE diary (n int, m mood);
+         CREATE DOMAIN score AS int; CREATE TABLE game (n int, s score);
+         CREATE TYPE person AS (name text); CREATE TABLE people OF person;
+         CREATE FUNCTION twice(int) RETURNS int LANGUAGE sql IMMUTABLE AS 'SELECT $1 * 2';
+         CREATE TABLE made (n int, m int GENERATED ALWAYS AS (twice(n)) STORED);
+         CREATE VIEW seen AS SELECT twice(n) FROM t;
+         CREATE TABLE part (n int) PARTITION BY RANGE (n);
+         CREATE TABLE part_1 PARTITION OF part FOR VALUES FROM (0) TO (9)",
+    )
+    .await?;
+    for sql in [
+        "DROP TYPE mood CASCADE",
+        "DROP DOMAIN score CASCADE",
+        "DROP TYPE person CASCADE",
+        "DROP FUNCTION twice CASCADE",
+        "DO $$ BEGIN DROP TYPE mood CASCADE; END $$",
+    ] {
+        let error = app.error(sql).await?;
+        assert_eq!(error.code().code(), "WA001", "{sql}: {error:?}");
+        assert!(
+            error.detail().is_some_and(|d| d.contains("public.")),
+            "{error:?}"
+        );
+    }
+    let seen = cluster.activity("outcome = 'blocked'").await?;
+    assert_eq!(seen.len(), 5, "{seen:#?}");
+    assert!(
+        seen.iter().all(|a| a["rule"] == "no_drop_table"),
+        "{seen:#?}"
+    );
+    // A partition of its own rule does not go with its parent.
+    let dba = cluster.connect("dba", "postgres").await?;
+    dba.run(
+        "SELECT warden.enable_rule('no_drop_table', false);
+         SELECT warden.add_rule('keep', '{DROP TABLE}', relations => '{part_1}')",
+    )
+    .await?;
+    assert_eq!(app.sqlstate("DROP TABLE part").await?, "WA001");
+    dba.run("SELECT warden.enable_rule('no_drop_table')")
+        .await?;
+    // What takes nothing along, or nothing that lasts.
+    app.run(
+        "ALTER TABLE diary DROP COLUMN m; CREATE TEMP TABLE passing (m mood); DROP TYPE mood CASCADE;
+         DROP VIEW seen; CREATE MATERIALIZED VIEW kept AS SELECT n FROM t;
+         REFRESH MATERIALIZED VIEW kept; ALTER TABLE game ALTER n TYPE bigint",
+    )
+    .await?;
+    dba.run("DROP FUNCTION twice CASCADE; DROP DOMAIN score CASCADE; DROP TABLE part")
+        .await
+}
+
+#[tokio::test]
+async fn a_merge_that_changes_every_row_counts_as_one_without_where() -> Result {
+    let (_cluster, app) = playground().await?;
+    for sql in [
+        "MERGE INTO t USING (SELECT 1) s ON true WHEN MATCHED THEN DELETE",
+        "MERGE INTO t USING (SELECT 1 AS x) s ON s.x = 1 WHEN MATCHED AND true THEN DELETE",
+        "MERGE INTO t USING (SELECT 1) s ON true WHEN MATCHED THEN UPDATE SET v = 'x'",
+        "MERGE INTO t USING (SELECT 1) s ON true
+         WHEN MATCHED AND t.n < 0 THEN UPDATE SET v = 'x' WHEN MATCHED THEN DELETE",
+    ] {
+        assert_eq!(app.sqlstate(sql).await?, "WA001", "{sql}");
+    }
+    app.run("MERGE INTO t USING (SELECT 1 AS n) s ON s.n = t.n WHEN MATCHED THEN DELETE")
+        .await?;
+    app.run("MERGE INTO t USING (SELECT 1) s ON true WHEN MATCHED AND t.n = 2 THEN DELETE")
+        .await?;
+    assert_eq!(app.number("SELECT count(*) FROM t").await?, 8);
+    Ok(())
+}
+
+#[tokio::test]
+async fn triggers_are_not_switched_off_by_a_setting() -> Result {
+    let (cluster, app) = playground().await?;
+    let su = cluster.superuser().await?;
+    su.run("GRANT SET ON PARAMETER session_replication_role TO app; ALTER ROLE app CREATEROLE")
+        .await?;
+    app.run("CREATE FUNCTION f() RETURNS int LANGUAGE sql AS 'SELECT 1'")
+        .await?;
+    for sql in [
+        "SET session_replication_role = replica",
+        "SET LOCAL session_replication_role = replica",
+        "ALTER ROLE app SET session_replication_role = replica",
+        "ALTER DATABASE postgres SET session_replication_role = replica",
+        "ALTER FUNCTION f() SET session_replication_role = replica",
+        "CREATE FUNCTION g() RETURNS int LANGUAGE sql SET session_replication_role = replica AS 'SELECT 1'",
+    ] {
+        assert_eq!(app.sqlstate(sql).await?, "WA001", "{sql}");
+    }
+    // What no command shows: what is written then is refused.
+    let by_option = cluster
+        .connector()
+        .connect("app", "postgres", |c| {
+            c.options("-c session_replication_role=replica");
+        })
+        .await?;
+    app.run("SELECT set_config('session_replication_role', 'replica', false)")
+        .await?;
+    for session in [&app, &by_option] {
+        for sql in [
+            "UPDATE t SET v = 'w' WHERE n = 1",
+            "INSERT INTO t VALUES (77)",
+            "DELETE FROM t WHERE n = 1",
+            "WITH x AS (DELETE FROM t WHERE n = 1 RETURNING n) SELECT * FROM x",
+            "DO $$ BEGIN UPDATE t SET v = 'w' WHERE n = 1; END $$",
+            "COPY t FROM STDIN",
+        ] {
+            assert_eq!(session.sqlstate(sql).await?, "WA001", "{sql}");
+        }
+        assert_eq!(
+            session
+                .number("SELECT count(*) FROM t WHERE v = 'v'")
+                .await?,
+            10
+        );
+        session
+            .run("CREATE TEMP TABLE own (n int); INSERT INTO own VALUES (1)")
+            .await?;
+    }
+    app.run("SELECT set_config('session_replication_role', 'origin', false)")
+        .await?;
+    app.run("UPDATE t SET v = 'w' WHERE n = 1").await?;
+    let dba = cluster.connect("dba", "postgres").await?;
+    dba.run("SET session_replication_role = replica; UPDATE t SET v = 'w' WHERE n = 2")
+        .await
+}

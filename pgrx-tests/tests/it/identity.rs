@@ -150,7 +150,7 @@ async fn a_token_is_in_no_record() -> Result {
     let found = admin
         .number(
             "SELECT count(*) FROM warden.statement s
-             WHERE s::text LIKE '%eyJ%' OR s::text LIKE '%' || (SELECT key FROM warden.issuer) || '%'",
+             WHERE s::text LIKE '%eyJ%' OR s::text LIKE '%' || (SELECT secret FROM warden.issuer_secret) || '%'",
         )
         .await?;
     assert_eq!(found, 0);
@@ -171,7 +171,8 @@ async fn keys_are_nobodys_to_read() -> Result {
         .run("GRANT warden_admin, warden_auditor TO app")
         .await?;
     assert_eq!(
-        app.sqlstate("SELECT key FROM warden.issuer").await?,
+        app.sqlstate("SELECT secret FROM warden.issuer_secret")
+            .await?,
         "42501"
     );
     let shown = format!("{:?}", app.rows("SELECT * FROM warden.issuers").await?);

@@ -153,3 +153,60 @@ async fn a_session_cannot_change_the_settings() -> Result {
     );
     Ok(())
 }
+
+#[tokio::test]
+async fn control_file_library_and_extension_have_one_version() -> Result {
+    let cluster = Cluster::with_warden().await?;
+    let su = cluster.superuser().await?;
+    let versions = "SELECT DISTINCT v FROM pg_extension, pg_available_extensions a,
+         unnest(ARRAY[extversion, default_version, installed_version, warden.version()]) v
+         WHERE extname = 'pg_warden' AND a.name = extname";
+    assert_eq!(su.column(versions).await?, [env!("CARGO_PKG_VERSION")]);
+    if cluster.major()? >= 18 {
+        let module = "SELECT module_name || ' ' || version FROM pg_get_loaded_modules()
+             WHERE file_name LIKE 'pg_warden%'";
+        let expected = format!("pg_warden {}", env!("CARGO_PKG_VERSION"));
+        assert_eq!(su.value(module).await?, expected);
+    }
+    let dba = cluster.connect("dba", "postgres").await?;
+    dba.run("ALTER EXTENSION pg_warden UPDATE").await?;
+    cluster.assert_verifies().await
+}
+
+#[tokio::test]
+async fn a_library_of_another_version_reads_no_users_data_and_says_what_to_do() -> Result {
+    let cluster = Cluster::with_warden().await?;
+    let dba = cluster.connect("dba", "postgres").await?;
+    dba.run("CREATE TABLE t (n int); INSERT INTO t VALUES (1)")
+        .await?;
+    cluster.drained().await?;
+    // As after the installation of a new library.
+    dba.run("UPDATE pg_extension SET extversion = '0.0.9' WHERE extname = 'pg_warden'")
+        .await?;
+    let later = cluster.connect("dba", "postgres").await?;
+    for sql in ["SELECT * FROM t", "COPY t TO STDOUT"] {
+        let error = later.error(sql).await?;
+        assert_eq!(error.code().code(), "WA001", "{error:?}");
+        assert!(error.message().contains("0.0.9"), "{error:?}");
+        assert!(
+            error.hint().unwrap_or_default().contains("UPDATE"),
+            "{error:?}"
+        );
+    }
+    let error = later.error("SELECT * FROM warden.verify()").await?;
+    assert_eq!(error.code().code(), "55000", "{error:?}");
+    // Catalogs can be read, and rows be added: to look around, and not to stop what must not stop.
+    later
+        .run("SELECT count(*) FROM pg_class; INSERT INTO t VALUES (2)")
+        .await?;
+    later
+        .run(&format!(
+            "UPDATE pg_extension SET extversion = '{}' WHERE extname = 'pg_warden'",
+            env!("CARGO_PKG_VERSION")
+        ))
+        .await?;
+    later.run("ALTER EXTENSION pg_warden UPDATE").await?;
+    assert_eq!(later.number("SELECT count(*) FROM t").await?, 2);
+    cluster.drained().await?;
+    cluster.assert_verifies().await
+}

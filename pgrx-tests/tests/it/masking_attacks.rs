@@ -467,3 +467,38 @@ async fn an_exempt_owners_function_does_not_lend_its_errors() -> Result {
     assert!(fresh.contains("not shown"), "{fresh}");
     Ok(())
 }
+
+#[tokio::test]
+async fn a_barrier_views_condition_does_not_pass_as_a_policys() -> Result {
+    let (_cluster, dba, app) = masked().await?;
+    // The policy looks at the same column, as its owner may.
+    dba.run(
+        "ALTER TABLE customer ENABLE ROW LEVEL SECURITY;
+         CREATE POLICY p ON customer USING (email LIKE '%@%') WITH CHECK (true);
+         CREATE POLICY r ON customer AS RESTRICTIVE USING (email IS NOT NULL)",
+    )
+    .await?;
+    app.run(
+        "CREATE VIEW guess WITH (security_barrier) AS SELECT * FROM customer WHERE email LIKE 'ana.n%';
+         CREATE VIEW outside WITH (security_barrier) AS SELECT * FROM guess WHERE id > 0;
+         CREATE VIEW plain WITH (security_barrier) AS SELECT * FROM customer WHERE id > 0",
+    )
+    .await?;
+    for sql in [
+        "UPDATE guess SET name = 'x' WHERE id = 1",
+        "DELETE FROM guess WHERE id = 1",
+        "UPDATE outside SET name = 'x' WHERE id = 1",
+    ] {
+        assert_eq!(app.sqlstate(sql).await?, "WA001", "{sql}");
+    }
+    assert_eq!(app.number("SELECT count(*) FROM guess").await?, 0);
+    for sql in [
+        "UPDATE plain SET name = 'x' WHERE id = 1",
+        "UPDATE customer SET name = 'y' WHERE id = 1",
+        "DELETE FROM customer WHERE id = 2",
+    ] {
+        app.run(sql).await?;
+    }
+    assert_eq!(app.column("SELECT name FROM customer").await?, ["y"]);
+    Ok(())
+}
