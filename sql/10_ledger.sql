@@ -72,7 +72,8 @@ CREATE TABLE warden.statement (
     relations jsonb NOT NULL,
     masked jsonb NOT NULL,
     full_length bigint,
-    digest bytea
+    digest bytea,
+    functions text[] NOT NULL
 );
 CREATE INDEX statement_key_idx ON warden.statement (key);
 COMMENT ON TABLE warden.statement IS 'Projection of statement events: what was asked, without literals';
@@ -84,6 +85,7 @@ COMMENT ON COLUMN warden.statement.relations IS 'Relations and columns, by kind 
 COMMENT ON COLUMN warden.statement.masked IS 'Columns that were masked, and by which function';
 COMMENT ON COLUMN warden.statement.full_length IS 'Bytes of the text before it was cut; NULL if it was not';
 COMMENT ON COLUMN warden.statement.digest IS 'SHA-256 of the whole text, if it was cut';
+COMMENT ON COLUMN warden.statement.functions IS 'Functions that it calls by name: users'', and those of PostgreSQL that reach files, large objects, settings, sessions or the server';
 
 CREATE TABLE warden.transaction (
     id bigint PRIMARY KEY,
@@ -210,6 +212,7 @@ SELECT e.seq,
        ARRAY(SELECT DISTINCT pg_catalog.concat_ws('.', NULLIF(a ->> 'schema', ''), a ->> 'relation')
              FROM pg_catalog.jsonb_array_elements(q.relations) a ORDER BY 1) AS relations,
        q.relations AS columns,
+       q.functions,
        NULLIF(e.rows, -1) AS rows,
        NULLIF(e.duration_us, -1) AS duration_us,
        NULLIF(e.duration_us, -1) * interval '1 microsecond' AS duration,
@@ -251,6 +254,7 @@ ORDER BY e.seq DESC;
 COMMENT ON VIEW warden.activity IS 'Who did what, when, from where, and what came of it: one row a statement, newest first';
 COMMENT ON COLUMN warden.activity.query IS 'Statement with $n in place of literals';
 COMMENT ON COLUMN warden.activity.columns IS 'Relations and columns, by kind of access';
+COMMENT ON COLUMN warden.activity.functions IS 'Functions that it calls by name: users'', and those of PostgreSQL that reach files, large objects, settings, sessions or the server';
 COMMENT ON COLUMN warden.activity.rule IS 'Guardrail or mask that decided';
 COMMENT ON COLUMN warden.activity.background IS 'A background worker ran it, and no client';
 COMMENT ON COLUMN warden.activity.parameters IS 'Values of the $n in query, as warden.record_parameters says';

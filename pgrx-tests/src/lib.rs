@@ -8,10 +8,12 @@
 pub mod client;
 pub mod cluster;
 pub mod jwt;
+pub mod raw;
 pub mod receiver;
 
 pub use client::{Client, DbError, Reading};
 pub use cluster::{Cluster, Config, Connector, Mode};
+pub use raw::Raw;
 
 /// What a test returns: its `Debug` form names the failing query and the server's message.
 pub type Result<T = ()> = anyhow::Result<T>;

@@ -10,7 +10,7 @@ use crate::pg::raise::unpack_sqlstate;
 use crate::pg::record::{count_unrecorded, now};
 use crate::pg::session::{self, text};
 use crate::pg::shared::{self, shared};
-use crate::pg::{boot, journal, port, refusals, withhold};
+use crate::pg::{boot, failures, hooks, journal, port, refusals, withhold};
 use crate::settings;
 use pgrx::pg_sys;
 use std::ffi::{c_int, c_void};
@@ -102,8 +102,12 @@ unsafe extern "C-unwind" fn authentication(port: *mut pg_sys::Port, status: c_in
 unsafe extern "C-unwind" fn emit_log(error: *mut pg_sys::ErrorData) {
     // SAFETY: as above; the error is valid while the hook runs.
     unsafe {
-        if (*error).elevel == pg_sys::FATAL as c_int && port::exists() && shared::available() {
-            quietly(|| fatal(&*error));
+        if port::exists() && shared::available() {
+            if (*error).elevel == pg_sys::FATAL as c_int {
+                quietly(|| fatal(&*error));
+            } else if (*error).elevel == pgrx::PgLogLevel::ERROR as c_int {
+                quietly(|| failures::reported(&*error));
+            }
         }
         if let Some(prev) = PREV_LOG {
             prev(error);
@@ -117,6 +121,8 @@ unsafe fn watch() {
     unsafe {
         pg_sys::RegisterXactCallback(Some(on_transaction), std::ptr::null_mut());
         pg_sys::before_shmem_exit(Some(on_exit), pg_sys::Datum::from(0));
+        // A session's first statement may fail before any hook sees it.
+        hooks::register_callbacks();
     }
 }
 
@@ -250,6 +256,16 @@ fn ended(code: c_int) {
             append(dest, now().saturating_sub(start).max(0), facts, true);
         }
     }
+}
+
+/// SQLSTATE of the FATAL that ends the session; zeros if there is none.
+pub fn fatal_sqlstate() -> [u8; 5] {
+    STATE
+        .with(|s| {
+            let (sqlstate, _) = s.fatal.as_ref()?;
+            sqlstate.as_bytes().try_into().ok()
+        })
+        .unwrap_or_default()
 }
 
 /// The connection of a usable session.

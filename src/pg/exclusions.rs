@@ -9,7 +9,7 @@ use crate::pg::compat::{self, pointers};
 use crate::pg::local::Local;
 use crate::pg::rules::Utility;
 use crate::pg::shared::{self, shared};
-use crate::pg::{identity, parameters, policy, scan};
+use crate::pg::{fastpath, identity, parameters, policy, scan};
 use crate::settings;
 use pgrx::pg_sys;
 use std::ffi::{CStr, c_char, c_int};
@@ -184,6 +184,15 @@ pub fn leave_out_utility(u: &Utility, sql: &[u8]) -> bool {
         relations.push(t.oid);
     }
     leave_out(&exclusions, &[command], &relations)
+}
+
+/// Whether a function call message is not recorded, for a function of this schema.
+pub fn leave_out_call(schema: pg_sys::Oid) -> bool {
+    let exclusions = exclusions();
+    leaves_out(&exclusions)
+        && !identity::is_agent()
+        && schema != policy::schema()
+        && leave_out(&exclusions, &[fastpath::COMMAND], &[])
 }
 
 /// Whether a command names something of ours, or could without saying so.

@@ -9,8 +9,8 @@ use crate::pg::raise::{self, Raised};
 use crate::pg::record::{self, Begun};
 use crate::pg::shape::{self, statement_text};
 use crate::pg::{
-    chain, classes, databases, drops, exclusions, exposure, identity, local::Local, mask, parallel,
-    parameters, policy, rules, transaction, withhold, worker,
+    chain, classes, databases, drops, exclusions, exposure, failures, fastpath, identity,
+    local::Local, mask, parallel, parameters, policy, rules, transaction, worker,
 };
 use pgrx::{pg_guard, pg_sys};
 use std::ffi::{c_char, c_int, c_void};
@@ -86,7 +86,7 @@ static CALLBACKS: Local<bool> = Local::new(false);
 /// Those of foreign keys are not either, but only the planner hook can tell them from statements of
 /// users' triggers that a cascade fires: see [`mask::plans_integrity_check`].
 #[inline]
-fn passes() -> bool {
+pub fn passes() -> bool {
     // SAFETY: reads a variable of this process.
     worker::in_worker() || unsafe { pg_sys::ParallelWorkerNumber >= 0 }
 }
@@ -131,10 +131,10 @@ unsafe extern "C-unwind" fn before_planner(
     // SAFETY: a valid query, in a transaction; `options` and `refused` are the trampoline's.
     unsafe {
         // First: nothing here has a destructor yet.
-        *options = parallel::options(parse, *options);
+        let calls = parallel::examine(parse, &mut *options);
         let labels = rules::without_where(parse);
         match mask::mask_query(parse, source) {
-            Ok(outcome) => mask::notes(&outcome, &labels),
+            Ok(outcome) => mask::notes(&outcome, &labels, calls.functions()),
             Err(refusal) => {
                 let sql = statement_text(source, (*parse).stmt_location, (*parse).stmt_len);
                 let command = shape::command_name((*parse).commandType);
@@ -142,7 +142,7 @@ unsafe extern "C-unwind" fn before_planner(
                     Class::Read,
                     false,
                     true,
-                    |dest| shape::utility(dest, command, sql, &[]),
+                    |dest| shape::utility(dest, command, sql, &[], &[]),
                     |_, _| {},
                 );
                 record::blocked(begun.unwrap_or(Begun::UNRECORDED), &refusal);
@@ -209,12 +209,14 @@ unsafe extern "C-unwind" fn before_start(
     // SAFETY: a valid query; `refused` is the trampoline's.
     unsafe {
         let stmt = (*query).plannedstmt;
-        if mask::plans_integrity_check(stmt) {
+        let integrity = mask::plans_integrity_check(stmt);
+        // What foreign keys check is not recorded; what they change is.
+        if integrity && (*stmt).commandType == pg_sys::CmdType::CMD_SELECT {
             return false;
         }
         let sql = || statement_text((*query).sourceText, (*stmt).stmt_location, (*stmt).stmt_len);
         let notes = mask::read_notes(stmt);
-        let decision = if policy::installed() {
+        let decision = if policy::installed() && !integrity {
             check_identity(|| mask::calls_only_identity_functions(stmt))
                 .and_then(|()| rules::check_planned(stmt, &notes.labels))
         } else {
@@ -227,6 +229,7 @@ unsafe extern "C-unwind" fn before_start(
             return false;
         }
         let class = classes::of_planned(stmt);
+        let depth = enter_commit((*query).dest);
         let shape = notes.shape.unwrap_or_else(|| shape::of_plan(stmt, sql()));
         let begun = record::begin(
             class,
@@ -235,6 +238,7 @@ unsafe extern "C-unwind" fn before_start(
             |dest| shape::planned(dest, stmt, shape.key, sql),
             |_, out| parameters::planned(shape, stmt, (*query).params, sql, out),
         );
+        record::leave_failed(depth);
         match (decision, begun) {
             (Ok(()), Ok(Begun::UNRECORDED)) => false,
             (Ok(()), Ok(begun)) => {
@@ -254,8 +258,26 @@ unsafe extern "C-unwind" fn before_start(
     }
 }
 
+/// A function that nothing runs is a deferred trigger's: COMMIT runs it, or the statement that
+/// commits by itself. Returns what [`record::leave_failed`] wants.
+unsafe fn enter_commit(dest: *mut pg_sys::DestReceiver) -> usize {
+    use pg_sys::CommandDest as D;
+    let depth = record::depth();
+    // SAFETY: reads a variable of this process; `dest` is valid or null.
+    unsafe {
+        if depth > 0
+            || dest.is_null()
+            || !matches!((*dest).mydest, D::DestSPI | D::DestSQLFunction)
+            || pg_sys::MyBackendType != pg_sys::BackendType::B_BACKEND
+        {
+            return depth;
+        }
+    }
+    record::enter(record::last())
+}
+
 /// An expired token lets nothing through but a new one.
-fn check_identity(renews: impl FnOnce() -> bool) -> Result<(), Refusal> {
+pub fn check_identity(renews: impl FnOnce() -> bool) -> Result<(), Refusal> {
     if record::nested() || !identity::expired(record::now) || renews() {
         return Ok(());
     }
@@ -295,18 +317,32 @@ unsafe extern "C-unwind" fn failed_query(query: *mut pg_sys::QueryDesc) {
     record::detach(query, Outcome::Failed, Some(chain::caught_sqlstate()));
 }
 
-/// Runs `f` as part of `query`.
+/// The rows that a failed run had sent: the client has them.
+unsafe fn add_rows_shown(query: *mut pg_sys::QueryDesc) {
+    // SAFETY: a query that was running.
+    unsafe {
+        let stmt = (*query).plannedstmt;
+        if (*stmt).commandType == pg_sys::CmdType::CMD_SELECT || (*stmt).hasReturning {
+            record::add_rows(query, (*(*query).estate).es_processed);
+        }
+    }
+}
+
+/// Runs `f` as part of `query`; `shows` if it sends rows.
 ///
 /// # Safety
 /// As [`chain::call`]; the caller has nothing with a destructor alive.
 #[inline]
-unsafe fn run_inside(query: *mut pg_sys::QueryDesc, f: impl FnOnce()) {
+unsafe fn run_inside(query: *mut pg_sys::QueryDesc, shows: bool, f: impl FnOnce()) {
     let depth = record::enter(record::intent_of(query));
     // SAFETY: the closure calls on, and no more.
     let failed = unsafe { chain::call(f) };
     if failed {
         // SAFETY: an error has been caught.
         unsafe {
+            if shows {
+                add_rows_shown(query);
+            }
             failed_query(query);
             record::leave_failed(depth);
             chain::rethrow();
@@ -324,7 +360,7 @@ unsafe extern "C-unwind" fn executor_run(
 ) {
     // SAFETY: as in `planner`.
     unsafe {
-        run_inside(query, || match PREV_RUN {
+        run_inside(query, true, || match PREV_RUN {
             Some(prev) => prev(query, direction, count, once),
             None => standard_ExecutorRun(query, direction, count, once),
         });
@@ -340,7 +376,7 @@ unsafe extern "C-unwind" fn executor_run(
 ) {
     // SAFETY: as in `planner`.
     unsafe {
-        run_inside(query, || match PREV_RUN {
+        run_inside(query, true, || match PREV_RUN {
             Some(prev) => prev(query, direction, count),
             None => standard_ExecutorRun(query, direction, count),
         });
@@ -351,7 +387,7 @@ unsafe extern "C-unwind" fn executor_run(
 unsafe extern "C-unwind" fn executor_finish(query: *mut pg_sys::QueryDesc) {
     // SAFETY: as in `planner`.
     unsafe {
-        run_inside(query, || match PREV_FINISH {
+        run_inside(query, false, || match PREV_FINISH {
             Some(prev) => prev(query),
             None => standard_ExecutorFinish(query),
         });
@@ -407,7 +443,7 @@ unsafe extern "C-unwind" fn process_utility(
             ours: false,
             paused: false,
         };
-        before_utility(source, &mut d);
+        before_utility(source, dest, &mut d);
         if let Some(refused) = d.refused {
             raise::raise(refused);
         }
@@ -434,7 +470,11 @@ unsafe extern "C-unwind" fn process_utility(
 }
 
 #[pg_guard]
-unsafe extern "C-unwind" fn before_utility(source: *const c_char, d: *mut Decided) {
+unsafe extern "C-unwind" fn before_utility(
+    source: *const c_char,
+    dest: *mut pg_sys::DestReceiver,
+    d: *mut Decided,
+) {
     if passes() {
         return;
     }
@@ -466,13 +506,19 @@ unsafe extern "C-unwind" fn before_utility(source: *const c_char, d: *mut Decide
         let begun = if left_out {
             Ok(Begun::LEFT_OUT)
         } else {
-            record::begin(
+            let depth = enter_commit(dest);
+            let begun = record::begin(
                 classes::of_utility(node),
                 true,
                 false,
-                |dest| shape::utility(dest, &utility.command, sql, &utility.targets),
+                |dest| {
+                    let u = &utility;
+                    shape::utility(dest, &u.command, sql, &u.targets, &u.functions)
+                },
                 |shape, out| parameters::utility(shape, &utility.command, sql, out),
-            )
+            );
+            record::leave_failed(depth);
+            begun
         };
         match (decision, begun) {
             (Err(refusal), begun) => {
@@ -511,7 +557,11 @@ unsafe extern "C-unwind" fn after_utility(d: *const Decided, qc: *mut pg_sys::Qu
     unsafe {
         let counted = !qc.is_null() && pg_sys::command_tag_display_rowcount((*qc).commandTag);
         let rows = if counted { (*qc).nprocessed as i64 } else { -1 };
-        record::end((*d).begun, Outcome::Succeeded, None, rows, "");
+        if rules::commits((*(*d).stmt).utilityStmt) && pg_sys::IsTransactionState() {
+            transaction::ends_by((*d).begun);
+        } else {
+            record::end((*d).begun, Outcome::Succeeded, None, rows, "");
+        }
         if rules::discards_all((*(*d).stmt).utilityStmt) {
             // A pooler hands the connection on: not with the identity of the one before.
             identity::clear();
@@ -524,7 +574,8 @@ unsafe extern "C-unwind" fn after_utility(d: *const Decided, qc: *mut pg_sys::Qu
 
 // ----------------------------------------------------------------------------------- transactions
 
-fn register_callbacks() {
+/// Asks to be told of the ends of transactions.
+pub fn register_callbacks() {
     if CALLBACKS.get() {
         return;
     }
@@ -545,12 +596,8 @@ unsafe extern "C-unwind" fn on_subtransaction(
     _arg: *mut c_void,
 ) {
     if event == pg_sys::SubXactEvent::SUBXACT_EVENT_ABORT_SUB {
-        // A client's savepoint, and no exception block: those run inside a statement.
-        // SAFETY: reads variables of this process; see `failing_statement`.
-        let failing = withhold::at_the_top().then(|| unsafe { failing_statement() });
-        if let Some(sql) = failing.flatten() {
-            record::on_abort(chain::caught_sqlstate(), sql);
-        }
+        fastpath::subtransaction_rolled_back();
+        failures::subtransaction_rolled_back();
         transaction::subtransaction_rolled_back(subtransaction);
     }
 }
@@ -581,17 +628,16 @@ unsafe extern "C-unwind" fn transaction_event(
             }
         }
         E::XACT_EVENT_COMMIT => {
+            fastpath::transaction_ended(true);
             transaction::ended(Fate::Committed);
             databases::transaction_ended(true);
         }
         E::XACT_EVENT_PREPARE => transaction::ended(Fate::Prepared),
         E::XACT_EVENT_ABORT => {
+            fastpath::transaction_ended(false);
             transaction::ended(Fate::RolledBack);
             databases::transaction_ended(false);
-            // SAFETY: reads variables of this process; see `failing_statement`.
-            if let Some(sql) = unsafe { failing_statement() } {
-                record::on_abort(chain::caught_sqlstate(), sql);
-            }
+            failures::transaction_rolled_back();
         }
         _ => {}
     }
@@ -612,21 +658,5 @@ unsafe extern "C-unwind" fn on_release(
         record::after_commit();
     } else {
         record::after_abort();
-    }
-}
-
-/// The text of the client's statement that has just failed. PostgreSQL forgets its query string
-/// before it aborts the transaction of a failed one, and only then: a ROLLBACK still has it.
-unsafe fn failing_statement<'a>() -> Option<&'a [u8]> {
-    // SAFETY: reads variables of this process; the activity string is NUL-terminated.
-    unsafe {
-        let failing = pg_sys::MyBackendType == pg_sys::BackendType::B_BACKEND
-            && pg_sys::debug_query_string.is_null()
-            && !pg_sys::proc_exit_inprogress
-            && !passes();
-        if !failing || pg_sys::MyBEEntry.is_null() {
-            return None;
-        }
-        Some(statement_text((*pg_sys::MyBEEntry).st_activity_raw, 0, 0))
     }
 }

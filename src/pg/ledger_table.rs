@@ -337,7 +337,8 @@ impl Directory for &Ledger {
         // returns NULL for those whose state has been forgotten.
         unsafe {
             if xid >= pg_sys::ReadNextFullTransactionId().value {
-                return None;
+                // A crash has taken it, with all that it wrote: the server does not even know it.
+                return Some(false);
             }
             let status = pgrx::direct_function_call::<String>(
                 pg_sys::pg_xact_status,
@@ -687,8 +688,13 @@ fn multirange(ranges: &[(u32, u32)]) -> Value {
     })
 }
 
-fn statement_values(r: &StatementRow) -> [Value; 9] {
+fn statement_values(r: &StatementRow) -> [Value; 10] {
     let f = &r.facts;
+    let functions: Vec<String> = f
+        .functions
+        .iter()
+        .map(|f| server_text(f).into_owned())
+        .collect();
     [
         r.id.into_datum(),
         (r.key as i64).into_datum(),
@@ -703,6 +709,7 @@ fn statement_values(r: &StatementRow) -> [Value; 9] {
         (!f.digest.is_empty())
             .then_some(f.digest.as_slice())
             .and_then(bytea),
+        functions.into_datum(),
     ]
 }
 

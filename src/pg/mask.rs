@@ -32,6 +32,8 @@ const NOTE_FLAGS: c_int = -1;
 const NOTE_SHAPE: [c_int; 2] = [-2, -3];
 /// `cacheId` of a relation that the plan depends on, on its way there.
 const NOTE_RELATION: c_int = -4;
+/// `cacheId` of the note of a function that the query calls.
+const NOTE_CALL: c_int = -5;
 /// `cacheId` of the note of a mask is this less the column's number; a second item, one
 /// [`NOTE_FUNCTION`] lower, has the function.
 const NOTE_COLUMN: c_int = -10_000;
@@ -1330,7 +1332,11 @@ pub unsafe fn plans_integrity_check(stmt: *mut pg_sys::PlannedStmt) -> bool {
 ///
 /// # Safety
 /// In a context that lives until the plan is made.
-pub unsafe fn notes(r: &Rewritten, labels: &[&'static str]) -> *mut pg_sys::List {
+pub unsafe fn notes(
+    r: &Rewritten,
+    labels: &[&'static str],
+    functions: &[Oid],
+) -> *mut pg_sys::List {
     let mut flags = 0;
     for l in labels {
         flags |= if *l == label::UPDATE_WITHOUT_WHERE {
@@ -1350,6 +1356,9 @@ pub unsafe fn notes(r: &Rewritten, labels: &[&'static str]) -> *mut pg_sys::List
     unsafe {
         if flags != 0 {
             list = add_note(list, NOTE_FLAGS, flags);
+        }
+        for f in functions {
+            list = add_note(list, NOTE_CALL, f.to_u32());
         }
         for a in &r.masked {
             let column = NOTE_COLUMN - c_int::from(a.attribute);
@@ -1470,6 +1479,19 @@ pub unsafe fn read_notes(stmt: *mut pg_sys::PlannedStmt) -> Notes {
         literals: shape >> 63 != 0,
     });
     notes
+}
+
+/// The functions that the query of a planned statement calls, as far as they are worth a record.
+///
+/// # Safety
+/// `stmt` is a valid PlannedStmt.
+pub unsafe fn calls(stmt: *mut pg_sys::PlannedStmt) -> impl Iterator<Item = Oid> {
+    // SAFETY: a list of invalidation items.
+    unsafe {
+        pointers::<pg_sys::PlanInvalItem>((*stmt).invalItems)
+            .filter(|i| (**i).cacheId == NOTE_CALL)
+            .map(|i| Oid::from((*i).hashValue))
+    }
 }
 
 /// The masks of a planned statement.

@@ -9,6 +9,8 @@ pub mod databases;
 pub mod drops;
 pub mod exclusions;
 pub mod exposure;
+pub mod failures;
+pub mod fastpath;
 pub mod flush;
 pub mod functions;
 pub mod hooks;

@@ -1,4 +1,4 @@
-//! Which queries must not be planned in parallel.
+//! Which queries must not be planned in parallel, and which functions a query calls.
 //!
 //! A parallel worker does the leader's work: it is not recorded, and knows neither the leader's
 //! identity nor its statement. So nothing may run there that runs statements of its own: functions
@@ -8,6 +8,25 @@ use crate::pg::walk::{expression_tree_walker, query_tree_walker};
 use pgrx::pg_sys::{self, NodeTag as T};
 use pgrx::{pg_guard, pg_sys::Oid};
 use std::ffi::{c_int, c_void};
+use warden_core::notable;
+
+/// Functions that are noted for a query.
+const NOTED: usize = 64;
+
+/// What one walk over a query finds.
+pub struct Calls {
+    /// Whether something may run statements of its own.
+    runs_statements: bool,
+    count: usize,
+    oids: [Oid; NOTED],
+}
+
+impl Calls {
+    /// The functions that are worth a record, each once.
+    pub fn functions(&self) -> &[Oid] {
+        &self.oids[..self.count]
+    }
+}
 
 // Raw: see `walk`.
 unsafe extern "C-unwind" {
@@ -18,39 +37,58 @@ unsafe extern "C-unwind" {
     ) -> bool;
 }
 
-/// The options to plan a query with.
+/// Walks over a query, and takes the option of a parallel plan away if it has to.
 ///
 /// # Safety
 /// `parse` is a valid Query, in a transaction; the caller owns nothing with a destructor.
-pub unsafe fn options(parse: *mut pg_sys::Query, options: c_int) -> c_int {
-    let parallel = pg_sys::CURSOR_OPT_PARALLEL_OK as c_int;
-    // SAFETY: see above.
-    if options & parallel != 0 && unsafe { runs_statements(parse.cast(), std::ptr::null_mut()) } {
-        return options & !parallel;
+pub unsafe fn examine(parse: *mut pg_sys::Query, options: &mut c_int) -> Calls {
+    let mut calls = Calls {
+        runs_statements: false,
+        count: 0,
+        oids: [pg_sys::InvalidOid; NOTED],
+    };
+    // SAFETY: see above; the context outlives the walk.
+    unsafe { walk(parse.cast(), (&raw mut calls).cast()) };
+    if calls.runs_statements {
+        *options &= !(pg_sys::CURSOR_OPT_PARALLEL_OK as c_int);
     }
-    options
+    calls
 }
 
-unsafe extern "C-unwind" fn runs_statements(n: *mut pg_sys::Node, context: *mut c_void) -> bool {
-    // SAFETY: called by PostgreSQL's walkers, or with a valid Query.
+unsafe extern "C-unwind" fn walk(n: *mut pg_sys::Node, context: *mut c_void) -> bool {
+    // SAFETY: called by PostgreSQL's walkers, or with a valid Query; the context is `Calls`.
     unsafe {
         if n.is_null() {
             return false;
         }
-        match (*n).type_ {
-            T::T_Query => query_tree_walker(n.cast(), Some(runs_statements), context, 0),
-            T::T_CoerceToDomain => true,
-            _ => {
-                check_functions_in_node(n, Some(is_users), context)
-                    || expression_tree_walker(n, Some(runs_statements), context)
-            }
+        if (*n).type_ == T::T_Query {
+            return query_tree_walker(n.cast(), Some(walk), context, 0);
         }
+        if (*n).type_ == T::T_CoerceToDomain {
+            (*context.cast::<Calls>()).runs_statements = true;
+        }
+        check_functions_in_node(n, Some(note), context);
+        expression_tree_walker(n, Some(walk), context)
     }
 }
 
-unsafe extern "C-unwind" fn is_users(function: Oid, _context: *mut c_void) -> bool {
-    // SAFETY: in a transaction.
-    function.to_u32() >= pg_sys::FirstNormalObjectId && unsafe { may_run_statements(function) }
+unsafe extern "C-unwind" fn note(function: Oid, context: *mut c_void) -> bool {
+    // SAFETY: the context is `Calls`, which nothing else refers to now; in a transaction.
+    unsafe {
+        let calls = &mut *context.cast::<Calls>();
+        let users = function.to_u32() >= pg_sys::FirstNormalObjectId;
+        if !users && notable::name_of(function.to_u32()).is_none() {
+            return false;
+        }
+        if calls.count < NOTED && !calls.functions().contains(&function) {
+            calls.oids[calls.count] = function;
+            calls.count += 1;
+        }
+        if users && !calls.runs_statements {
+            calls.runs_statements = may_run_statements(function);
+        }
+    }
+    false
 }
 
 /// Whether a function is parallel safe, and may run statements.

@@ -6,9 +6,11 @@
 
 use crate::error::{Refusal, RefusalCode};
 use crate::pg::local::Local;
-use crate::pg::raise::unpack_sqlstate;
+use crate::pg::raise::{pack_sqlstate, unpack_sqlstate};
 use crate::pg::shared::shared;
-use crate::pg::{boot, classes, flush, journal, policy, session, shape, transaction, worker};
+use crate::pg::{
+    boot, classes, connections, flush, journal, policy, session, shape, transaction, worker,
+};
 use pgrx::pg_sys;
 use std::ffi::c_int;
 use std::sync::atomic::Ordering;
@@ -54,6 +56,8 @@ struct State {
     dest: u32,
     executing: Vec<Executor>,
     running: Vec<u64>,
+    /// The intent of the last statement that nothing ran.
+    last: u64,
     exit_registered: bool,
     /// A failure of the current statement has been recorded.
     failure_recorded: bool,
@@ -64,6 +68,7 @@ static STATE: Local<State> = Local::new(State {
     dest: 0,
     executing: Vec::new(),
     running: Vec::new(),
+    last: 0,
     exit_registered: false,
     failure_recorded: false,
 });
@@ -179,6 +184,9 @@ pub fn begin(
     let at = now();
     loop {
         if let Some(intent) = append_intent(dest, at, parent, bits, &shape, &values) {
+            if parent == 0 {
+                STATE.with(|s| s.last = intent);
+            }
             let begun = Begun {
                 intent,
                 dest,
@@ -394,6 +402,14 @@ fn report_gap(dest: u32) {
 
 /// Records how a statement ended.
 pub fn end(begun: Begun, outcome: Ended, sqlstate: Option<c_int>, rows: i64, rule: &str) {
+    end_late(begun, outcome, sqlstate, rows, rule);
+    if begun.intent != 0 {
+        note_due(begun.class);
+    }
+}
+
+/// As [`end`], where it is too late to wait for the disk.
+pub fn end_late(begun: Begun, outcome: Ended, sqlstate: Option<c_int>, rows: i64, rule: &str) {
     if outcome != Ended::Succeeded && begun != Begun::LEFT_OUT {
         STATE.with(|s| s.failure_recorded = true);
     }
@@ -407,6 +423,7 @@ pub fn end(begun: Begun, outcome: Ended, sqlstate: Option<c_int>, rows: i64, rul
             GetCurrentSubTransactionId(),
         )
     };
+    let xid = if transaction::is_over(xid) { 0 } else { xid };
     if xid != 0 {
         transaction::wrote(begun.dest, subtransaction);
     }
@@ -431,12 +448,11 @@ pub fn end(begun: Begun, outcome: Ended, sqlstate: Option<c_int>, rows: i64, rul
         // Even the reserve is gone. The recorder will call it interrupted.
         count_unrecorded(begun.dest);
     }
-    note_due(begun.class);
 }
 
 /// Records a statement that was refused.
 pub fn blocked(begun: Begun, refusal: &Refusal) {
-    let sqlstate = crate::pg::raise::pack_sqlstate(refusal.code.sqlstate());
+    let sqlstate = pack_sqlstate(refusal.code.sqlstate());
     end(begun, Ended::Blocked, Some(sqlstate), -1, &refusal.rule);
 }
 
@@ -517,6 +533,11 @@ pub fn leave_failed(depth: usize) {
     STATE.with(|s| s.running.truncate(depth));
 }
 
+/// The intent of the last statement that nothing ran.
+pub fn last() -> u64 {
+    STATE.with(|s| s.last)
+}
+
 /// How many statements run inside each other.
 #[inline]
 pub fn depth() -> usize {
@@ -539,29 +560,59 @@ fn register_exit() {
     }
 }
 
-/// The backend ends, normally or by FATAL: what has begun is interrupted.
+/// The backend ends, normally or by FATAL: what has begun is interrupted, and its transaction aborts
+/// after this.
 #[pgrx::pg_guard]
 unsafe extern "C-unwind" fn on_exit(_code: c_int, _arg: pg_sys::Datum) {
-    let dest = STATE.with(|s| s.dest);
+    let sqlstate = connections::fatal_sqlstate();
+    let (dest, executing, running) = STATE.with(|s| {
+        (
+            s.dest,
+            std::mem::take(&mut s.executing),
+            std::mem::take(&mut s.running),
+        )
+    });
+    for e in executing {
+        let mut rows = e.rows;
+        if running.contains(&e.begun.intent) {
+            // SAFETY: it runs, so its state is there: nothing has been cleaned up yet.
+            rows += unsafe { (*(*e.query).estate).es_processed } as i64;
+        }
+        let sqlstate = (sqlstate != [0; 5]).then(|| pack_sqlstate(&sqlstate));
+        end_late(e.begun, Ended::Interrupted, sqlstate, rows, "");
+    }
     if dest != 0 {
-        let id = session::backend().to_le_bytes();
-        let _ = journal::append(FrameKind::SessionEnd, dest, &id, true);
+        let end = frame::SessionEnd {
+            backend: session::backend(),
+            sqlstate,
+        };
+        let _ = journal::append(FrameKind::SessionEnd, dest, &end.encode(), true);
     }
 }
 
-/// A transaction aborts. If nothing that failed has been recorded, the statement did not get as far
-/// as a hook: it could not be parsed, analysed or planned.
-pub fn on_abort(sqlstate: c_int, sql: &[u8]) {
-    let (recorded, dest) =
-        STATE.with(|s| (std::mem::replace(&mut s.failure_recorded, false), s.dest));
+/// Whether a failure has been recorded since this was last asked.
+pub fn take_failure() -> bool {
+    STATE.with(|s| std::mem::replace(&mut s.failure_recorded, false))
+}
+
+/// The client's statement has failed: nothing runs any more.
+pub fn stop_running() {
     STATE.with(|s| s.running.clear());
-    if recorded || dest == 0 {
+}
+
+/// Records a statement that failed before a hook saw it. Reads no catalog.
+pub fn unseen(utility: bool, sqlstate: c_int, shape: impl Fn(u32) -> Option<u64>) {
+    let dest = match STATE.with(|s| s.dest) {
+        0 => destination_unseen(),
+        known => known,
+    };
+    if dest == 0 {
         return;
     }
     register_exit();
     let at = now();
-    let shape = |d| shape::unparsed(d, sqlstate, sql);
-    match append_intent(dest, at, 0, 0, shape, |_, _| {}) {
+    let bits = if utility { flags::UTILITY } else { 0 };
+    match append_intent(dest, at, 0, bits, shape, |_, _| {}) {
         Some(intent) => end(
             Begun {
                 intent,
@@ -577,4 +628,19 @@ pub fn on_abort(sqlstate: c_int, sql: &[u8]) {
         None => count_unrecorded(dest),
     }
     STATE.with(|s| s.failure_recorded = false);
+}
+
+/// As [`destination`], for a session of which no statement has been seen, without catalogs.
+fn destination_unseen() -> u32 {
+    let sh = shared();
+    // SAFETY: plain getters.
+    unsafe {
+        if pg_sys::RecoveryInProgress() {
+            0
+        } else if sh.slot(pg_sys::MyDatabaseId).is_some() {
+            pg_sys::MyDatabaseId.to_u32()
+        } else {
+            sh.home.load(Ordering::Acquire)
+        }
+    }
 }

@@ -8,8 +8,8 @@ use crate::error::{Refusal, RefusalCode};
 use crate::pg::compat::{self, pointers};
 use crate::pg::local::Local;
 use crate::pg::session::text;
-use crate::pg::shape::Target;
-use crate::pg::{identity, policy, scan};
+use crate::pg::shape::{Target, function_name};
+use crate::pg::{fastpath, identity, policy, scan};
 use pgrx::pg_sys::{self, NodeTag as T};
 use std::ffi::{CStr, c_int};
 use std::rc::Rc;
@@ -219,6 +219,8 @@ pub struct Utility {
     pub command: String,
     /// The relations that it names.
     pub targets: Vec<Target>,
+    /// The procedure that it calls.
+    pub functions: Vec<String>,
     labels: Vec<&'static str>,
     changes: bool,
     is_copy: bool,
@@ -268,6 +270,10 @@ pub unsafe fn examine(node: *mut pg_sys::Node) -> Utility {
                 u.targets.push(resolve((*s).relation, AccessKind::Ddl));
                 for c in pointers::<pg_sys::AlterTableCmd>((*s).cmds) {
                     u.labels.extend(disabling((*c).subtype));
+                    if !(*c).def.is_null() && (*(*c).def).type_ == T::T_PartitionCmd {
+                        let partition = (*(*c).def.cast::<pg_sys::PartitionCmd>()).name;
+                        u.targets.extend(relation_or_none(partition));
+                    }
                 }
             }
             T::T_CopyStmt => {
@@ -312,7 +318,15 @@ pub unsafe fn examine(node: *mut pg_sys::Node) -> Utility {
             }
             T::T_RenameStmt => {
                 let s = node.cast::<pg_sys::RenameStmt>();
-                u.targets.extend(relation_or_none((*s).relation));
+                let before = relation_or_none((*s).relation);
+                if let (Some(before), true) = (&before, names_relation((*s).renameType)) {
+                    u.targets.push(Target {
+                        oid: 0,
+                        relation: text((*s).newname),
+                        ..before.clone()
+                    });
+                }
+                u.targets.extend(before);
                 if (*s).renameType == pg_sys::ObjectType::OBJECT_SCHEMA
                     && text((*s).subname) == "warden"
                 {
@@ -329,7 +343,15 @@ pub unsafe fn examine(node: *mut pg_sys::Node) -> Utility {
             }
             T::T_AlterObjectSchemaStmt => {
                 let s = node.cast::<pg_sys::AlterObjectSchemaStmt>();
-                u.targets.extend(relation_or_none((*s).relation));
+                let before = relation_or_none((*s).relation);
+                if let Some(before) = &before {
+                    u.targets.push(Target {
+                        oid: 0,
+                        schema: text((*s).newschema),
+                        ..before.clone()
+                    });
+                }
+                u.targets.extend(before);
             }
             T::T_CreateTrigStmt => {
                 let s = node.cast::<pg_sys::CreateTrigStmt>();
@@ -349,7 +371,7 @@ pub unsafe fn examine(node: *mut pg_sys::Node) -> Utility {
             }
             T::T_CreateStmt => {
                 let s = node.cast::<pg_sys::CreateStmt>();
-                u.targets.push(named((*s).relation, AccessKind::Ddl));
+                u.targets.push(created((*s).relation));
                 for parent in pointers::<pg_sys::RangeVar>((*s).inhRelations) {
                     u.targets.push(resolve(parent, AccessKind::Ddl));
                 }
@@ -370,10 +392,99 @@ pub unsafe fn examine(node: *mut pg_sys::Node) -> Utility {
                     u.labels.push(OURS);
                 }
             }
-            _ => u.changes = false,
+            T::T_CreateTableAsStmt => {
+                let s = node.cast::<pg_sys::CreateTableAsStmt>();
+                u.targets.push(created((*(*s).into).rel));
+            }
+            T::T_ViewStmt => {
+                let s = node.cast::<pg_sys::ViewStmt>();
+                let before = resolve((*s).view, AccessKind::Ddl);
+                u.targets.push(if before.oid == 0 {
+                    created((*s).view)
+                } else {
+                    before
+                });
+            }
+            T::T_CreateForeignTableStmt => {
+                let s = node.cast::<pg_sys::CreateForeignTableStmt>();
+                u.targets.push(created((*s).base.relation));
+            }
+            T::T_CreateSeqStmt => {
+                let s = node.cast::<pg_sys::CreateSeqStmt>();
+                u.targets.push(created((*s).sequence));
+            }
+            T::T_AlterSeqStmt => {
+                let s = node.cast::<pg_sys::AlterSeqStmt>();
+                u.targets.extend(relation_or_none((*s).sequence));
+            }
+            T::T_CallStmt => {
+                let s = node.cast::<pg_sys::CallStmt>();
+                u.changes = false;
+                if !(*s).funcexpr.is_null() {
+                    u.functions.push(function_name((*(*s).funcexpr).funcid));
+                }
+            }
+            _ => {
+                u.changes = false;
+                maintained(node, &mut u.targets);
+            }
         }
         u
     }
+}
+
+/// The relations of commands that change neither definitions nor rows.
+unsafe fn maintained(node: *mut pg_sys::Node, targets: &mut Vec<Target>) {
+    let kind = AccessKind::Maintain;
+    let mut add = |r: *mut pg_sys::RangeVar, kind| {
+        if !r.is_null() {
+            // SAFETY: a valid RangeVar, in a transaction.
+            targets.push(unsafe { resolve(r, kind) });
+        }
+    };
+    // SAFETY: each node is read as what its tag says it is.
+    unsafe {
+        match (*node).type_ {
+            T::T_VacuumStmt => {
+                let s = node.cast::<pg_sys::VacuumStmt>();
+                for r in pointers::<pg_sys::VacuumRelation>((*s).rels) {
+                    add((*r).relation, kind);
+                }
+            }
+            T::T_LockStmt => {
+                let s = node.cast::<pg_sys::LockStmt>();
+                for r in pointers::<pg_sys::RangeVar>((*s).relations) {
+                    add(r, kind);
+                }
+            }
+            T::T_ClusterStmt => add((*node.cast::<pg_sys::ClusterStmt>()).relation, kind),
+            T::T_ReindexStmt => add((*node.cast::<pg_sys::ReindexStmt>()).relation, kind),
+            T::T_RefreshMatViewStmt => {
+                add((*node.cast::<pg_sys::RefreshMatViewStmt>()).relation, kind);
+            }
+            T::T_CommentStmt => {
+                let s = node.cast::<pg_sys::CommentStmt>();
+                if names_relation((*s).objtype) {
+                    let name = (*s).object.cast();
+                    add(pg_sys::makeRangeVarFromNameList(name), AccessKind::Ddl);
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+fn names_relation(object: pg_sys::ObjectType::Type) -> bool {
+    use pg_sys::ObjectType as O;
+    matches!(
+        object,
+        O::OBJECT_TABLE
+            | O::OBJECT_VIEW
+            | O::OBJECT_MATVIEW
+            | O::OBJECT_FOREIGN_TABLE
+            | O::OBJECT_INDEX
+            | O::OBJECT_SEQUENCE
+    )
 }
 
 /// What writes without firing triggers does what DISABLE TRIGGER does.
@@ -429,6 +540,23 @@ unsafe fn named(r: *mut pg_sys::RangeVar, kind: AccessKind) -> Target {
     }
 }
 
+/// A relation that is about to be made, in the schema where it will be.
+unsafe fn created(r: *mut pg_sys::RangeVar) -> Target {
+    // SAFETY: a valid RangeVar, in a transaction; a list of OIDs.
+    unsafe {
+        let mut t = named(r, AccessKind::Ddl);
+        if (*r).relpersistence as u8 == pg_sys::RELPERSISTENCE_TEMP {
+            t.schema = "pg_temp".into();
+        } else if t.schema.is_empty() {
+            let path = pg_sys::fetch_search_path(false);
+            if !path.is_null() && (*path).length > 0 {
+                t.schema = text(pg_sys::get_namespace_name((*(*path).elements).oid_value));
+            }
+        }
+        t
+    }
+}
+
 /// Looks a name up as the command will, without a lock: what is found is recorded and checked, and
 /// never used to act.
 unsafe fn resolve(r: *mut pg_sys::RangeVar, kind: AccessKind) -> Target {
@@ -476,16 +604,7 @@ unsafe fn dropped(s: *mut pg_sys::DropStmt, targets: &mut Vec<Target>) {
             (*s).removeType,
             O::OBJECT_TRIGGER | O::OBJECT_RULE | O::OBJECT_POLICY
         );
-        let relation = matches!(
-            (*s).removeType,
-            O::OBJECT_TABLE
-                | O::OBJECT_VIEW
-                | O::OBJECT_MATVIEW
-                | O::OBJECT_FOREIGN_TABLE
-                | O::OBJECT_INDEX
-                | O::OBJECT_SEQUENCE
-        );
-        if !on_table && !relation {
+        if !on_table && !names_relation((*s).removeType) {
             return;
         }
         for name in pointers::<pg_sys::List>((*s).objects) {
@@ -586,6 +705,22 @@ pub fn check_utility(u: &Utility) -> Result<(), Refusal> {
     if relations.is_empty() && on_tables.contains(&u.command.as_str()) {
         return Ok(());
     }
+    decide(&rules, &Facts { labels, relations })
+}
+
+/// Whether a function call message may run. Its arguments are not known: what can change any setting
+/// counts as changing the one that a rule speaks of.
+pub fn check_call(function: &str) -> Result<(), Refusal> {
+    let rules = rules();
+    let mut labels = vec![fastpath::COMMAND];
+    if function == "pg_catalog.set_config" {
+        labels.insert(0, label::DISABLE_TRIGGER);
+    }
+    labels.retain(|l| rules.mention(l));
+    if labels.is_empty() {
+        return Ok(());
+    }
+    let relations = Vec::new();
     decide(&rules, &Facts { labels, relations })
 }
 
@@ -769,6 +904,22 @@ pub unsafe fn is_about_us(node: *mut pg_sys::Node) -> bool {
 pub unsafe fn ends_transaction(node: *mut pg_sys::Node) -> bool {
     // SAFETY: a valid node.
     unsafe { (*node).type_ == T::T_TransactionStmt }
+}
+
+/// Whether a command ends a transaction with what it has done: COMMIT or PREPARE TRANSACTION.
+///
+/// # Safety
+/// `node` is a valid utility statement.
+pub unsafe fn commits(node: *mut pg_sys::Node) -> bool {
+    use pg_sys::TransactionStmtKind as K;
+    // SAFETY: read as what its tag says it is.
+    unsafe {
+        (*node).type_ == T::T_TransactionStmt
+            && matches!(
+                (*node.cast::<pg_sys::TransactionStmt>()).kind,
+                K::TRANS_STMT_COMMIT | K::TRANS_STMT_PREPARE
+            )
+    }
 }
 
 /// Whether a command is DISCARD ALL.

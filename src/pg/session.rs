@@ -6,7 +6,7 @@
 
 use crate::pg::local::Local;
 use crate::pg::shared::shared;
-use crate::pg::{identity, journal};
+use crate::pg::{identity, journal, port};
 use pgrx::pg_sys;
 use siphasher::sip::SipHasher13;
 use std::ffi::{CStr, c_int};
@@ -146,6 +146,13 @@ fn facts(session_user: pg_sys::Oid, current_user: pg_sys::Oid) -> SessionFacts {
         } else {
             // No catalog can be read now; the names of an earlier statement must do.
             (f.database, f.session_user) = STATE.with(|s| s.names.clone());
+            if f.session_user.is_empty() {
+                let asked_for = port::facts();
+                (f.database, f.session_user) = (asked_for.database, asked_for.role);
+            }
+            if session_user == current_user {
+                f.current_user = f.session_user.clone();
+            }
         }
         f.actor = identity::with_actor(|a| a.cloned()).unwrap_or_else(|| Actor {
             subject: f.session_user.clone(),

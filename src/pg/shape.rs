@@ -127,6 +127,9 @@ pub unsafe fn of_plan(stmt: *mut pg_sys::PlannedStmt, sql: &[u8]) -> PlanShape {
             h.write_i16(m.attribute);
             h.write_u32(m.function.to_u32());
         }
+        for function in mask::calls(stmt) {
+            h.write_u32(function.to_u32());
+        }
     }
     PlanShape {
         key: (h.finish() >> 1) | 1,
@@ -159,35 +162,47 @@ pub unsafe fn planned<'a>(
                 function: function_name(m.function),
             })
             .collect();
-        facts(
-            command_name((*stmt).commandType).to_owned(),
-            text_of(sql(), Names::All),
-            accesses,
-            masked,
-        )
+        let text = text_of(sql(), Names::All);
+        ShapeFacts {
+            functions: mask::calls(stmt).map(|f| function_name(f)).collect(),
+            ..facts(command_name((*stmt).commandType), text, accesses, masked)
+        }
     })
 }
 
 /// The key of a utility command's shape; `None` if the journal is full.
-pub fn utility(dest: u32, command: &str, sql: &[u8], targets: &[Target]) -> Option<u64> {
+pub fn utility(
+    dest: u32,
+    command: &str,
+    sql: &[u8],
+    targets: &[Target],
+    functions: &[String],
+) -> Option<u64> {
     if !parameters::may_name_values(command) {
-        return named(dest, command, sql, targets, Names::All);
+        return named(dest, command, sql, targets, functions, Names::All);
     }
     let names = Names::BeforeSetting(parameters::is_keyword);
-    named(dest, command, sql, targets, names)
+    named(dest, command, sql, targets, functions, names)
 }
 
 /// The key of the shape of a text that did not get as far as a hook; `None` if the journal is full.
-pub fn unparsed(dest: u32, sqlstate: c_int, sql: &[u8]) -> Option<u64> {
+pub fn unparsed(dest: u32, command: &str, sqlstate: c_int, sql: &[u8]) -> Option<u64> {
     let names = if parameters::may_hold_anything(sqlstate, sql) {
         Names::Keywords(parameters::is_keyword)
     } else {
         Names::BeforeSetting(parameters::is_keyword)
     };
-    named(dest, "UNKNOWN", sql, &[], names)
+    named(dest, command, sql, &[], &[], names)
 }
 
-fn named(dest: u32, command: &str, sql: &[u8], targets: &[Target], names: Names) -> Option<u64> {
+fn named(
+    dest: u32,
+    command: &str,
+    sql: &[u8],
+    targets: &[Target],
+    functions: &[String],
+    names: Names,
+) -> Option<u64> {
     let mut h = hasher();
     // What names hold must not show in the key either.
     let text = match names {
@@ -206,10 +221,14 @@ fn named(dest: u32, command: &str, sql: &[u8], targets: &[Target], names: Names)
     for t in targets {
         h.write_u32(t.oid);
         h.write_u8(t.kind as u8);
+        h.write(t.schema.as_bytes());
         h.write(t.relation.as_bytes());
         for c in &t.columns {
             h.write(c.as_bytes());
         }
+    }
+    for f in functions {
+        h.write(f.as_bytes());
     }
     let key = (h.finish() >> 1) | 1;
     send(dest, key, || {
@@ -224,7 +243,10 @@ fn named(dest: u32, command: &str, sql: &[u8], targets: &[Target], names: Names)
             })
             .collect();
         let text = text.unwrap_or_else(|| text_of(sql, names));
-        facts(command.to_owned(), text, accesses, Vec::new())
+        ShapeFacts {
+            functions: functions.to_vec(),
+            ..facts(command, text, accesses, Vec::new())
+        }
     })
 }
 
@@ -233,20 +255,21 @@ fn text_of(sql: &[u8], names: Names) -> Normalised {
 }
 
 fn facts(
-    command: String,
+    command: &str,
     n: Normalised,
     mut accesses: Vec<Access>,
     masked: Vec<MaskedColumn>,
 ) -> ShapeFacts {
     limit(&mut accesses);
     ShapeFacts {
-        command,
+        command: command.to_owned(),
         text: n.text,
         full_length: n.full_length,
         digest: n.digest,
         fingerprint: String::new(),
         accesses,
         masked,
+        functions: Vec::new(),
     }
 }
 
@@ -383,8 +406,12 @@ pub unsafe fn qualified(relid: pg_sys::Oid) -> String {
     }
 }
 
-unsafe fn function_name(function: pg_sys::Oid) -> String {
-    // SAFETY: catalog look-ups in a transaction.
+/// `schema.function`.
+///
+/// # Safety
+/// In a transaction.
+pub unsafe fn function_name(function: pg_sys::Oid) -> String {
+    // SAFETY: catalog look-ups.
     unsafe {
         let schema = text(pg_sys::get_namespace_name(pg_sys::get_func_namespace(
             function,

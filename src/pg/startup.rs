@@ -1,6 +1,6 @@
 //! What happens when the library is loaded: settings, hooks, shared memory, launcher.
 
-use crate::pg::{connections, drops, flush, hooks, journal, launcher, mask, shared};
+use crate::pg::{connections, drops, fastpath, flush, hooks, journal, launcher, mask, shared};
 use crate::settings;
 use pgrx::{pg_guard, pg_sys};
 
@@ -26,6 +26,7 @@ pub fn init() {
     }
     hooks::install();
     connections::install();
+    fastpath::install();
     mask::install();
     drops::install();
     launcher::register();

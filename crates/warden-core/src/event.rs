@@ -323,6 +323,8 @@ pub enum AccessKind {
     Truncate = 5,
     /// The relation's definition changes.
     Ddl = 6,
+    /// The relation is looked after or locked: what privilege MAINTAIN is for.
+    Maintain = 7,
 }
 
 impl AccessKind {
@@ -336,6 +338,7 @@ impl AccessKind {
             4 => Self::Delete,
             5 => Self::Truncate,
             6 => Self::Ddl,
+            7 => Self::Maintain,
             _ => return None,
         })
     }
@@ -385,6 +388,8 @@ pub struct ShapeFacts {
     pub accesses: Vec<Access>,
     /// What is masked.
     pub masked: Vec<MaskedColumn>,
+    /// Functions that are called by name, `schema.name`: users', and those of [`crate::notable`].
+    pub functions: Vec<String>,
 }
 
 impl ShapeFacts {
@@ -400,7 +405,8 @@ impl ShapeFacts {
         }
         w.put_str(5, &self.fingerprint)
             .put_list(6, self.accesses.iter().map(encode_access))
-            .put_list(7, self.masked.iter().map(encode_masked));
+            .put_list(7, self.masked.iter().map(encode_masked))
+            .put_list(8, &self.functions);
         w.finish()
     }
 
@@ -426,6 +432,7 @@ impl ShapeFacts {
                 .into_iter()
                 .map(decode_masked)
                 .collect::<Result<_, _>>()?,
+            functions: r.strings(8)?,
         })
     }
 }
@@ -712,6 +719,7 @@ mod tests {
                 column: "email".into(),
                 function: "warden.partial_email".into(),
             }],
+            functions: vec!["public.f".into()],
             ..ShapeFacts::default()
         };
         assert_eq!(ShapeFacts::decode(&s.encode()), Ok(s));

@@ -14,7 +14,7 @@ pub fn class(command: &str) -> &'static str {
     match command {
         "SELECT" | "COPY TO" | "DECLARE CURSOR" => "READ",
         "INSERT" | "UPDATE" | "DELETE" | "MERGE" | "TRUNCATE TABLE" | "COPY FROM" => "WRITE",
-        "DO" | "CALL" => "FUNCTION",
+        "DO" | "CALL" | "FUNCTION CALL" => "FUNCTION",
         "GRANT" | "REVOKE" | "ALTER DEFAULT PRIVILEGES" => "ROLE",
         c if role(c) => "ROLE",
         "COMMENT"

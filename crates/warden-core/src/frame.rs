@@ -31,7 +31,7 @@ pub enum FrameKind {
     Intent = 4,
     /// A statement has ended: [`Outcome`].
     Outcome = 5,
-    /// A backend has ended: u64le session id. Its open intents were interrupted.
+    /// A backend has ended: [`SessionEnd`]. Its open intents were interrupted.
     SessionEnd = 6,
     /// Statements went on unrecorded, or without their record on disk: u64le count, and the number of
     /// a [`GapReason`], which older frames lack. See `warden.on_journal_full = gap`.
@@ -315,6 +315,38 @@ impl Outcome {
             outcome: fixed[40],
             sqlstate: fixed[41..46].try_into().ok()?,
             rule: String::from_utf8(b[Self::FIXED..].to_vec()).ok()?,
+        })
+    }
+}
+
+/// A backend has ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SessionEnd {
+    /// The backend, as in [`Intent::backend`].
+    pub backend: u64,
+    /// The SQLSTATE of the FATAL error that ended it, or zeros. Older frames lack it.
+    pub sqlstate: [u8; 5],
+}
+
+impl SessionEnd {
+    /// The payload.
+    #[must_use]
+    pub fn encode(&self) -> [u8; 13] {
+        let mut b = [0u8; 13];
+        b[..8].copy_from_slice(&self.backend.to_le_bytes());
+        b[8..].copy_from_slice(&self.sqlstate);
+        b
+    }
+
+    /// Reads a payload; `None` if it is too short.
+    #[must_use]
+    pub fn decode(b: &[u8]) -> Option<Self> {
+        Some(Self {
+            backend: u64le(b, 0)?,
+            sqlstate: match b.get(8..) {
+                None | Some([]) => [0; 5],
+                Some(rest) => rest.get(..5)?.try_into().ok()?,
+            },
         })
     }
 }

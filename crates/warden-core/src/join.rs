@@ -17,7 +17,9 @@ use crate::event::{
     Event, EventKind, ExecutionFacts, GapFacts, Outcome, SessionFacts, ShapeFacts,
     TransactionFacts, flags,
 };
-use crate::frame::{self, Boot, Fate, FrameKind, GapReason, Header, Intent, Transaction, u64le};
+use crate::frame::{
+    self, Boot, Fate, FrameKind, GapReason, Header, Intent, SessionEnd, Transaction, u64le,
+};
 use crate::ledger::{Chain, Hash};
 use crate::parameter;
 use crate::tlv::Reader;
@@ -267,6 +269,8 @@ struct Unsettled {
 struct Waiting {
     /// Its place among all that wait.
     number: u64,
+    /// Position of its intent.
+    position: u64,
     subtransaction: u32,
     event: Event,
 }
@@ -444,7 +448,7 @@ impl Joiner {
     /// Ends every open intent as interrupted: nothing can bring its outcome any more. What became of
     /// open transactions, the server knows.
     pub fn interrupt_all(&mut self, directory: &mut impl Directory) {
-        self.interrupt(|_| true, directory);
+        self.interrupt(|_| true, "", directory);
         let mut xids: Vec<u64> = self.unsettled.keys().copied().collect();
         xids.extend(self.waiting.keys());
         self.ask(xids, directory);
@@ -517,10 +521,11 @@ impl Joiner {
         if self.open.contains_key(&pos) {
             return false;
         }
-        if intent.parent != 0
-            && let Some(parent) = self.open.get_mut(&intent.parent)
-        {
-            parent.referred = true;
+        if intent.parent != 0 {
+            match self.open.get_mut(&intent.parent) {
+                Some(parent) => parent.referred = true,
+                None => self.refer(intent.parent),
+            }
         }
         self.open.insert(
             pos,
@@ -532,6 +537,17 @@ impl Joiner {
             },
         );
         true
+    }
+
+    /// A statement has ended, and its commit runs another one.
+    fn refer(&mut self, pos: u64) {
+        let waiting = self.waiting.values_mut().flatten();
+        for w in waiting.filter(|w| w.position == pos) {
+            if let Ok(mut facts) = ExecutionFacts::decode(&w.event.payload) {
+                facts.position = pos;
+                w.event.payload = facts.encode();
+            }
+        }
     }
 
     fn outcome(&mut self, pos: u64, payload: &[u8], directory: &mut impl Directory) -> bool {
@@ -607,6 +623,7 @@ impl Joiner {
         self.waited += 1;
         self.waiting.entry(o.xid).or_default().push(Waiting {
             number: self.waited,
+            position: pos,
             subtransaction: o.subtransaction,
             event,
         });
@@ -676,7 +693,12 @@ impl Joiner {
         }
     }
 
-    fn interrupt(&mut self, which: impl Fn(&Intent) -> bool, directory: &mut impl Directory) {
+    fn interrupt(
+        &mut self,
+        which: impl Fn(&Intent) -> bool,
+        sqlstate: &str,
+        directory: &mut impl Directory,
+    ) {
         let positions: Vec<u64> = self
             .open
             .iter()
@@ -696,7 +718,7 @@ impl Joiner {
         };
         for pos in positions {
             if let Some(open) = self.open.remove(&pos) {
-                self.execution(pos, open, &interrupted, String::new(), directory);
+                self.execution(pos, open, &interrupted, sqlstate.to_owned(), directory);
             }
         }
     }
@@ -756,10 +778,13 @@ impl Joiner {
     }
 
     fn session_end(&mut self, payload: &[u8], directory: &mut impl Directory) -> bool {
-        let Some(backend) = u64le(payload, 0) else {
+        let Some(end) = SessionEnd::decode(payload) else {
             return false;
         };
-        self.interrupt(|i| i.backend == backend, directory);
+        let Some(sqlstate) = sqlstate(end.sqlstate) else {
+            return false;
+        };
+        self.interrupt(|i| i.backend == end.backend, &sqlstate, directory);
         true
     }
 
@@ -1404,6 +1429,42 @@ mod tests {
         assert_eq!(kinds(&t), [3]);
         assert_eq!(t.events[0].0.at, 1);
         assert_eq!(t.pending.keys().copied().collect::<Vec<_>>(), [128]);
+    }
+
+    #[test]
+    fn the_error_that_ends_a_backend_is_that_of_its_open_intents() {
+        let facts = |t: &Tables| ExecutionFacts::decode(&t.events[0].0.payload).unwrap();
+        let end = frame::SessionEnd {
+            backend: 8,
+            sqlstate: *b"57P01",
+        };
+        let end = frame(FrameKind::SessionEnd, end.encode().to_vec());
+        assert_eq!(facts(&whole(&[intent(1, 8, 0, 0), end])).sqlstate, "57P01");
+        // As frames were before they carried one.
+        let older = frame(FrameKind::SessionEnd, 8u64.to_le_bytes().to_vec());
+        assert_eq!(facts(&whole(&[intent(1, 8, 0, 0), older])).sqlstate, "");
+    }
+
+    #[test]
+    fn a_statement_whose_commit_runs_another_is_found_by_it() {
+        let mut inner = intent(2, 8, 0, 0);
+        if let Item::Frame(_, _, _, payload) = &mut inner {
+            payload[32..40].copy_from_slice(&64u64.to_le_bytes());
+        }
+        let items = [
+            intent(1, 8, 0, 0),
+            written(64, 1, 7, 1),
+            inner,
+            written(192, 1, 7, 1),
+            ended(7, Fate::Committed, &[]),
+        ];
+        let positions: Vec<_> = whole(&items)
+            .events
+            .iter()
+            .map(|(e, _)| ExecutionFacts::decode(&e.payload).unwrap())
+            .map(|f| (f.position, f.parent))
+            .collect();
+        assert_eq!(positions, [(64, 0), (0, 64)]);
     }
 
     #[test]

@@ -15,6 +15,7 @@ pub mod identity;
 pub mod join;
 pub mod ledger;
 pub mod masks;
+pub mod notable;
 pub mod parameter;
 pub mod reference;
 pub mod sink;

@@ -234,6 +234,8 @@ struct StatementPart<'a> {
     accesses: &'a [crate::event::Access],
     #[serde(skip_serializing_if = "<[_]>::is_empty")]
     masked: &'a [crate::event::MaskedColumn],
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    functions: &'a [String],
 }
 
 #[derive(Serialize)]
@@ -344,6 +346,7 @@ fn statement(seq: i64, s: &ShapeFacts) -> StatementPart<'_> {
         fingerprint: &s.fingerprint,
         accesses: &s.accesses,
         masked: &s.masked,
+        functions: &s.functions,
     }
 }
 

@@ -2,6 +2,7 @@
 //! test a promise.
 
 mod capture;
+mod completeness;
 mod connections;
 mod databases;
 mod depth;
@@ -10,6 +11,7 @@ mod durability;
 mod errors;
 mod exactly_once;
 mod exclusions;
+mod fastpath;
 mod guardrails;
 mod identity;
 mod identity_attacks;
