@@ -210,6 +210,8 @@ impl Cluster {
             environment: vec![],
             postmaster: None,
         };
+        // A failed test of another run, whose process had the same id, may have left one.
+        drop(fs::remove_dir_all(&cluster.data));
         match &config.source {
             Source::Template => copy(&template(&cluster.server, &home)?, &cluster.data)?,
             Source::Initdb => initdb(&cluster.server, &cluster.data)?,

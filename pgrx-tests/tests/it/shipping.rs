@@ -191,7 +191,8 @@ async fn batches_that_are_too_large_are_split() -> Result {
     let cluster = Cluster::with_warden().await?;
     let su = cluster.superuser().await?;
     let receiver = Receiver::start()?;
-    receiver.reply(Reply::UpTo(6000));
+    // More than the longest event, of CREATE EXTENSION, and less than all.
+    receiver.reply(Reply::UpTo(60_000));
     let last = events(&cluster, 100).await?;
     add(&su, "siem", &receiver.url()).await?;
     let report = arrived(&receiver, last);
