@@ -301,7 +301,8 @@ async fn a_restored_mask_without_its_column_stops_all_reading() -> Result {
     let text = std::fs::read_to_string(&script)?
         .replace("    name text\n", "    full_name text\n")
         .replace("(id, \"E-mail\", name)", "(id, \"E-mail\", full_name)")
-        .replace("TABLE public.orders (", "TABLE public.purchases (");
+        .replace("TABLE public.orders ", "TABLE public.purchases ")
+        .replace("COPY public.orders ", "COPY public.purchases ");
     std::fs::write(&script, text)?;
     let keeper = fresh(&cluster, "restored").await?;
     cluster.program(
