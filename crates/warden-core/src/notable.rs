@@ -2,7 +2,8 @@
 //! files, large objects, settings, other sessions, replication or the server itself, or that run a
 //! query which their argument holds.
 //!
-//! Owns the list, by OID: the OIDs of built-in functions do not change between servers. What all
+//! Owns the list, by OID: the OIDs of built-in functions do not change between servers. (Two are used again since 17,
+//! those of pg_rotate_logfile_old and pg_read_file_old, and are not in it.) What all
 //! functions do that compute something, and read no more than the statement says, is not in it.
 
 /// OID and name, by OID.
@@ -79,8 +80,6 @@ const FUNCTIONS: &[(u32, &str)] = &[
     (3827, "pg_read_binary_file"),
     (3828, "pg_read_binary_file"),
     (3878, "pg_replication_slot_advance"),
-    (4099, "pg_rotate_logfile_old"),
-    (4100, "pg_read_file_old"),
     (4220, "pg_copy_physical_replication_slot"),
     (4221, "pg_copy_physical_replication_slot"),
     (4222, "pg_copy_logical_replication_slot"),
